@@ -1,0 +1,154 @@
+"""Generations -> answers: a stream of events, or the same chunks folded into one body.
+
+Both ways stop every generation that is still running when they are left, for whatever reason they are left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import cast
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from backend.api.failures import as_user_error, error_body, error_response
+from backend.api.shapes import Reply, Shape
+from backend.api.sse import DONE, PING, disconnected, event
+from backend.errors import UserError
+from backend.events import Chunk, Stats
+from backend.generation import Generation
+
+PING_SECONDS = 15.0
+CLIENT_CLOSED = 499  # nobody reads it; it tells the access log apart from a success
+
+log = logging.getLogger(__name__)
+
+
+def stop_all(generations: Sequence[Generation]) -> None:
+    for generation in generations:
+        if not generation.finished:
+            generation.stop()
+
+
+async def events(
+    shape: Shape, generations: Sequence[Generation], ping_seconds: float = PING_SECONDS
+) -> AsyncGenerator[bytes, None]:
+    """Server-sent events of all choices, interleaved by index. After the 200 an error can only be an event."""
+    try:
+        async with aclosing(_told(shape, generations, ping_seconds)) as told:
+            async for data in told:
+                yield data
+    except Exception as error:
+        yield event(error_body(_reported(error)))
+    finally:
+        stop_all(generations)
+    yield DONE
+
+
+async def _told(shape: Shape, generations: Sequence[Generation], ping_seconds: float) -> AsyncGenerator[bytes, None]:
+    last = [Stats()] * len(generations)
+    for index in range(len(generations)):
+        opening = shape.opening(index)
+        if opening:
+            yield event(opening)
+    spoken = time.monotonic()
+    async with aclosing(merged(generations, ping_seconds)) as chunks:
+        async for index, chunk in chunks:
+            last[index] = chunk.stats
+            if chunk.finish_reason == "error":
+                raise _reported(chunk.error)
+            if chunk.text:
+                yield event(shape.piece(index, chunk.text))
+            if chunk.finish_reason:
+                yield event(shape.ending(index, chunk.finish_reason))
+            if chunk.text or chunk.finish_reason:
+                spoken = time.monotonic()
+            elif time.monotonic() - spoken >= ping_seconds * 0.9:  # timers may fire a little early
+                yield PING
+                spoken = time.monotonic()
+    closing = shape.closing(last)
+    if closing:
+        yield event(closing)
+
+
+async def answer(shape: Shape, generations: Sequence[Generation], request: Request) -> Response:
+    """One JSON body, or nothing to nobody when the client has gone in the meantime."""
+    folding = asyncio.ensure_future(_folded(generations))
+    leaving = asyncio.ensure_future(disconnected(request.receive))
+    try:
+        await asyncio.wait({folding, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not folding.done():
+            return Response(status_code=CLIENT_CLOSED)
+        return JSONResponse(shape.whole(await folding))
+    except UserError as error:
+        return error_response(error)
+    finally:
+        stop_all(generations)
+        for task in (folding, leaving):
+            task.cancel()
+        await asyncio.gather(folding, leaving, return_exceptions=True)
+
+
+async def _folded(generations: Sequence[Generation]) -> list[Reply]:
+    texts: list[list[str]] = [[] for _ in generations]
+    replies: dict[int, Reply] = {}
+    async with aclosing(merged(generations, None)) as chunks:
+        async for index, chunk in chunks:
+            if chunk.finish_reason == "error":
+                raise _reported(chunk.error)
+            texts[index].append(chunk.text)
+            if chunk.finish_reason:
+                replies[index] = Reply("".join(texts[index]), chunk.finish_reason, chunk.stats)
+    return [replies[index] for index in range(len(generations))]
+
+
+async def merged(
+    generations: Sequence[Generation], keep_alive: float | None
+) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """Chunks of all generations as they come, each with its index. A slow reader holds back only himself."""
+    if len(generations) == 1:
+        async with aclosing(_chunks(generations[0], keep_alive)) as chunks:
+            async for chunk in chunks:
+                yield 0, chunk
+        return
+    # one place only: what is not read yet stays in the generation, which joins its chunks
+    arrived: asyncio.Queue[tuple[int, Chunk | None]] = asyncio.Queue(maxsize=1)
+
+    async def pump(index: int, generation: Generation) -> None:
+        try:
+            async with aclosing(_chunks(generation, keep_alive)) as chunks:
+                async for chunk in chunks:
+                    await arrived.put((index, chunk))
+        except Exception as error:
+            await arrived.put((index, Chunk(finish_reason="error", error=error)))
+        await arrived.put((index, None))
+
+    pumps = [asyncio.ensure_future(pump(index, generation)) for index, generation in enumerate(generations)]
+    try:
+        running = len(pumps)
+        while running:
+            index, chunk = await arrived.get()
+            if chunk is None:
+                running -= 1
+            else:
+                yield index, chunk
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _chunks(generation: Generation, keep_alive: float | None) -> AsyncGenerator[Chunk, None]:
+    # `chunks` is an async generator, its annotation promises less; it must be closed here and now, not by the collector
+    return cast("AsyncGenerator[Chunk, None]", generation.chunks(keep_alive=keep_alive))
+
+
+def _reported(error: Exception | None) -> UserError:
+    """The error for the client; what was not meant for people goes to the log with its trace."""
+    if not isinstance(error, UserError):
+        log.error("a reply ended with an unexpected error", exc_info=error)
+    return as_user_error(error)

@@ -1,0 +1,86 @@
+"""What every reader gives: a description, named tensors that are read only when asked for, and the metadata.
+
+Canonical tensor names are those of `backend.model.config.tensor_shapes` plus the optional `rope_freqs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from backend.errors import CheckpointError
+from backend.model.config import ModelConfig, tensor_shapes
+from backend.weights.blocks import BlockFormat
+
+# No tensor of a model that fits on one machine has more values than this; a larger product is a lie or an attack.
+MAX_ELEMENTS = 1 << 40
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies. `shape` is (rows, columns) or (n,), rows being the slow dimension."""
+
+    name: str  # as in the file
+    shape: tuple[int, ...]
+    format: BlockFormat
+    offset: int  # from the start of the file
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+
+class Checkpoint(Protocol):
+    """An open model file or folder. Tensors are views of the mapped file: copy what must outlive it."""
+
+    path: Path
+    format: str  # e.g. "GGUF v3"
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]  # by canonical name
+    metadata: Mapping[str, Any]
+
+    def raw(self, name: str) -> torch.Tensor:
+        """The tensor's bytes: uint8, shape (rows, bytes per row); a one-dimensional tensor is one row."""
+        ...
+
+
+def checked_extent(
+    path: Path, name: str, shape: tuple[int, ...], fmt: BlockFormat, offset: int, file_size: int
+) -> int:
+    """Bytes of a tensor, after checking shape x format x offset against the file. Every reader goes through here."""
+    elements = 1
+    for size in shape:
+        if size < 1:
+            raise CheckpointError(f"{path}: tensor '{name}' has shape {shape}; every dimension must be at least 1")
+        elements *= size
+    if elements > MAX_ELEMENTS:
+        raise CheckpointError(f"{path}: tensor '{name}' claims {elements} values, more than any model has")
+    try:
+        row = fmt.row_bytes(shape[-1])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: tensor '{name}': {error}") from None
+    nbytes = elements // shape[-1] * row
+    if offset < 0 or offset + nbytes > file_size:
+        raise CheckpointError(
+            f"{path}: tensor '{name}' needs bytes {offset} to {offset + nbytes}, but the file has {file_size}; "
+            "it is incomplete or damaged, download it again"
+        )
+    return nbytes
+
+
+def check_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
+    """Every tensor the model needs is there with the right shape."""
+    for name, shape in tensor_shapes(config).items():
+        info = tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{path}: tensor '{name}' is missing; a model of {config.n_layers} layers needs it")
+        if info.shape != shape:
+            raise CheckpointError(f"{path}: tensor '{info.name}' has shape {info.shape}, expected {shape}")

@@ -1,0 +1,96 @@
+"""What flows up from the engine to people and programs. Frozen values, no behaviour beyond arithmetic on themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+Phase = Literal["queued", "prefill", "decode", "done"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Where one request stands. Times in seconds on a monotonic clock, counts in tokens."""
+
+    phase: Phase = "queued"
+    people_ahead: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens whose keys and values were found in the cache
+    evaluated_tokens: int = 0  # prompt tokens the model has read for this request so far
+    completion_tokens: int = 0
+    seconds_to_first_token: float | None = None
+    decode_seconds: float = 0.0  # from the first token to the latest
+    context: int = 0  # tokens that fit in the context
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed; the first token belongs to the prefill. None until it means something."""
+        if self.completion_tokens < 2 or self.decode_seconds <= 0:
+            return None
+        return (self.completion_tokens - 1) / self.decode_seconds
+
+    @property
+    def used_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a reply: text that is safe to show, and how things stand.
+
+    `ids` and `logprobs` (natural log of the untempered model distribution, one per id) cover the same tokens; a token
+    whose bytes are not yet safe to show may come in an earlier chunk than its text. The last chunk has a finish_reason.
+    """
+
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stats: Stats = field(default_factory=Stats)
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """How far a download or a load has come. `total` 0 means unknown; bytes unless `unit` says otherwise."""
+
+    stage: str  # in words for a person, e.g. "Downloading the starter model", "Loading starter"
+    done: int = 0
+    total: int = 0
+    unit: str = "B"
+
+    @property
+    def fraction(self) -> float | None:
+        return min(1.0, self.done / self.total) if self.total > 0 else None
+
+
+@dataclass(frozen=True)
+class PresetInfo:
+    """One row of the Presets tab."""
+
+    name: str
+    title: str
+    model: str
+    needs: str  # in words and units, e.g. "about 0.2 GB of memory"
+    loaded: bool = False
+    error: str | None = None  # why this preset cannot be read; such a row cannot be loaded
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the service holds now."""
+
+    state: Literal["empty", "loading", "ready", "failed", "stopped"]
+    preset: str | None = None  # the preset that answers now
+    title: str = ""
+    model: str = ""  # id shown to programs
+    context: int = 0
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    process_bytes: int = 0  # resident memory of this process
+    running: int = 0
+    waiting: int = 0
+    loading: LoadProgress | None = None  # set while another preset is on its way
+    loading_preset: str | None = None
+    error: str | None = None  # why the last load failed

@@ -1,0 +1,65 @@
+"""Token bytes in, text that is safe to show out.
+
+Two things may not be shown yet: the first bytes of a character whose rest comes with the next token, and text that may
+turn out to be the beginning of a stop string. Both wait here. No tokenizer and no engine: bytes and strings only.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+
+class TextStream:
+    """Incremental UTF-8 decoding with stop strings.
+
+    The concatenation of everything returned by `push` and `flush` does not depend on how the bytes were cut into
+    tokens. Bytes that are no UTF-8 become U+FFFD, as `bytes.decode(errors="replace")` would make them.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stop = tuple(text for text in stop if text)
+        self._held = ""
+        self.stopped = False  # a stop string was met; nothing more will come out
+
+    def push(self, piece: bytes) -> str:
+        """Take one token's bytes and return the text that can be shown now. After a stop string: nothing."""
+        return self._advance(self._decoder.decode(piece))
+
+    def flush(self) -> str:
+        """The generation is over: return what was still held back."""
+        text = self._advance(self._decoder.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return text if self.stopped else text + held
+
+    def _advance(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        if not self._stop:
+            return text
+        self._held += text
+        cut = self._first_stop()
+        if cut is not None:
+            self.stopped = True
+            shown, self._held = self._held[:cut], ""
+            return shown
+        keep = self._possible_stop_length()
+        split = len(self._held) - keep
+        shown, self._held = self._held[:split], self._held[split:]
+        return shown
+
+    def _first_stop(self) -> int | None:
+        """Where the earliest stop string starts, or None."""
+        found = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
+        return min(found) if found else None
+
+    def _possible_stop_length(self) -> int:
+        """Length of the longest end of the held text that is the beginning of some stop string."""
+        longest = 0
+        for text in self._stop:
+            for length in range(min(len(text) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(text[:length]):
+                    longest = length
+                    break
+        return longest

@@ -1,0 +1,90 @@
+"""Following one reply from Send to its end, for both writing tabs. Knows the service and a run; knows no widgets.
+
+The iterator is what Gradio drives: it is closed when the browser goes away, and whatever way it ends, the engine's work
+on the reply ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from backend.errors import UserError
+from backend.generation import Generation
+from ui import wording
+from ui.door import Service
+from ui.sessions import Run
+
+logger = logging.getLogger(__name__)
+
+PAUSE = 0.09  # seconds between updates of the page: about 11 a second
+PAUSE_PER_CHARACTER = 0.12 / 10_000  # the browser renders a long reply slower, so it is shown less often
+KEEP_ALIVE = 0.5  # seconds of silence after which we look whether anybody is still there
+OUR_FAULT = "Something went wrong inside Suri. The server's log says what; your text is kept."
+
+
+@dataclass(frozen=True)
+class Moment:
+    """News of a reply: text that came since the last one, and what is going on, in words."""
+
+    text: str
+    words: str
+
+
+async def follow(service: Service, run: Run, ask: Callable[[], Generation]) -> AsyncIterator[Moment]:
+    """Wait for a model, ask it, and pass on what it says. How it ended is in `run.reason` and `run.error`."""
+    shown = 0
+    try:
+        async with aclosing(_wait_until_ready(service, run)) as waiting:
+            async for words in waiting:
+                yield Moment("", words)
+        if run.stopped:
+            run.reason = "cancelled"
+            return
+        generation = await asyncio.to_thread(_start, run, ask)
+        async with aclosing(generation.chunks(pause=PAUSE, keep_alive=KEEP_ALIVE)) as chunks:
+            async for chunk in chunks:
+                run.stats = chunk.stats
+                shown += len(chunk.text)
+                if chunk.finish_reason is not None:
+                    run.reason = chunk.finish_reason
+                    if chunk.error is not None:
+                        run.error = sentence(chunk.error)
+                yield Moment(chunk.text, wording.phase(chunk.stats))
+                await asyncio.sleep(shown * PAUSE_PER_CHARACTER if chunk.finish_reason is None else 0)
+    except Exception as error:
+        run.reason, run.error = "error", sentence(error)
+    finally:
+        run.stop()
+
+
+def sentence(error: Exception) -> str:
+    """One sentence for the person. A defect of ours goes to the log whole and to the page as a plain apology."""
+    if isinstance(error, UserError):
+        text = error.message
+        text = text[:1].upper() + text[1:]
+        return text if text.endswith((".", "?")) else f"{text}."
+    logger.error("a reply failed", exc_info=error)
+    return OUR_FAULT
+
+
+def _start(run: Run, ask: Callable[[], Generation]) -> Generation:
+    """In a worker thread. If the person went away meanwhile, either we see `stopped` or `stop()` sees the generation."""
+    generation = ask()
+    run.generation = generation
+    if run.stopped:
+        generation.stop()
+    return generation
+
+
+async def _wait_until_ready(service: Service, run: Run) -> AsyncIterator[str]:
+    """While a preset is being loaded, what is going on; ends when there is something to ask, or to be told no by."""
+    while not run.stopped:
+        status = await asyncio.to_thread(service.status)
+        if status.state != "loading":
+            return
+        yield wording.loading(status.loading, status.loading_preset)
+        await asyncio.sleep(0.25)
