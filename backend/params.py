@@ -7,7 +7,6 @@ of `GenerationParams`. To add a parameter: add a field here and a function in `s
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,7 +116,7 @@ def _checked(knob: Knob, value: Any) -> Any:
         return _checked_strings(knob, value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ParameterError(f"{knob.name}: found {value!r}, expected a number", param=knob.name)
-    if not math.isfinite(value) or not knob.low <= value <= knob.high:
+    if not knob.low <= value <= knob.high:  # also refuses NaN, which compares with nothing
         raise ParameterError(
             f"{knob.name}: found {value!r}, expected a value from {knob.low:g} to {knob.high:g}", param=knob.name
         )
@@ -136,7 +135,9 @@ def _checked_strings(knob: Knob, value: Any) -> tuple[str, ...]:
         raise ParameterError(f"{knob.name}: found {value!r}, expected texts", param=knob.name)
     kept = tuple(text for text in texts if text)
     if len(kept) > knob.high:
-        raise ParameterError(f"{knob.name}: found {len(kept)} texts, at most {knob.high:g} are allowed", param=knob.name)
+        raise ParameterError(
+            f"{knob.name}: found {len(kept)} texts, at most {knob.high:g} are allowed", param=knob.name
+        )
     if any(len(text) > 1000 for text in kept):
         raise ParameterError(f"{knob.name}: a stop string is longer than 1000 characters", param=knob.name)
     return kept

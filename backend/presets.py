@@ -95,8 +95,10 @@ def _parse(path: Path) -> dict[str, Any]:
         raise PresetError(f"{path}: a preset has at most {MAX_PRESET_BYTES} characters")
     try:
         values = _StrictLoader(text).get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that cannot be one
         raise PresetError(f"{path}: {_one_line(error)}") from None
+    except RecursionError:
+        raise PresetError(f"{path}: lists within lists within lists; a preset is lines of 'key: value'") from None
     if not isinstance(values, dict):
         raise PresetError(f"{path}: expected lines of the form 'key: value'")
     return values

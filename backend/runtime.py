@@ -67,7 +67,7 @@ class Runtime:
         self.checkpoint, self.tokenizer, self.template = prepared.checkpoint, prepared.tokenizer, prepared.template
         label = self.preset.title or self.preset.name
         loaded = load_model(self.checkpoint, self.preset.weights, label, progress)
-        self.weight_bytes = loaded.weight_bytes
+        self.weight_bytes, self.bytes_per_token = loaded.weight_bytes, loaded.bytes_per_token
         config = self.checkpoint.config
         self._kv = KVPool(config, self.plan.kv_blocks, BLOCK_TOKENS, DTYPES[self.plan.kv_type])
         self.blocks = BlockPool(self.plan.kv_blocks, BLOCK_TOKENS)
@@ -89,10 +89,16 @@ class Runtime:
     def encode_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
         """The prompt of a chat in the model's own format. Control tokens typed in a message stay text."""
         if self.template is None:
-            raise ParameterError(f"{self.name} has no chat template; use completion, or set prompt_format in the preset")
+            raise ParameterError(
+                f"{self.name} has no chat template; use completion, or set prompt_format in the preset"
+            )
         guard = ControlGuard(self.tokenizer.control_tokens(), [message.content for message in messages])
         text = self.template.render(messages, generation_prompt=generation_prompt, prepare=guard.guard)
         return self.tokenizer.with_start(self.tokenizer.encode_segments(guard.split(text)))
+
+    def encode_message(self, text: str) -> list[int]:
+        """One user message as a whole chat."""
+        return self.encode_chat([Message("user", text)])
 
     def encode_text(self, text: str) -> list[int]:
         """A raw prompt: nothing added but the begin token, where the vocabulary wants one."""

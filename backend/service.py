@@ -6,6 +6,7 @@ the earlier model still answers.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +28,8 @@ from backend.store.sampling_sets import SamplingSets
 from backend.text.messages import Message
 
 Progress = Callable[[LoadProgress], None]
+
+log = logging.getLogger(__name__)
 
 
 class Service:
@@ -63,11 +66,15 @@ class Service:
 
     def load(self, name: str, progress: Progress | None = None) -> None:
         """Load a preset by name and switch to it. Blocks; on any failure what was loaded goes on answering."""
-        self._switch(lambda: self._presets.read(name), name, progress)
+        self._switch(name, lambda report: self.prepare(self._presets.read(name), report), progress)
 
     def load_preset(self, preset: Preset, progress: Progress | None = None) -> None:
         """The same for a preset that is not in the folder (a file or --model on the command line)."""
-        self._switch(lambda: preset, preset.name, progress)
+        self._switch(preset.name, lambda report: self.prepare(preset, report), progress)
+
+    def load_prepared(self, prepared: Prepared, progress: Progress | None = None) -> None:
+        """The same, when the first half is done already."""
+        self._switch(prepared.preset.name, lambda _: prepared, progress)
 
     def prepare(self, preset: Preset, progress: Progress = lambda _: None) -> Prepared:
         """Find (or fetch) the model and check its headers: everything that can go wrong before loading."""
@@ -157,13 +164,13 @@ class Service:
         if runtime:
             runtime.close(drain=False)
 
-    def _switch(self, read: Callable[[], Preset], name: str, progress: Progress | None) -> None:
+    def _switch(self, name: str, prepare: Callable[[Progress], Prepared], progress: Progress | None) -> None:
         if not self._switching.acquire(blocking=False):
             raise BusyError(f"'{self._loading_preset}' is being loaded; try again when it is done")
         try:
             self._load_error, self._loading_preset = None, name
             self._report(LoadProgress(f"Opening {name}"), progress)
-            prepared = self.prepare(read(), lambda step: self._report(step, progress))
+            prepared = prepare(lambda step: self._report(step, progress))
             runtime = Runtime(prepared, self.settings.max_waiting, lambda step: self._report(step, progress))
             before, self._runtime = self._runtime, runtime
             if before is not None:
@@ -172,8 +179,9 @@ class Service:
         except UserError as error:
             self._load_error = error.message
             raise
-        except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as RuntimeError
-            self._load_error = f"preset {name} could not be loaded: {error}"
+        except Exception as error:  # also torch's failed allocations, which are plain RuntimeErrors
+            log.exception("loading %s failed", name)
+            self._load_error = f"preset {name} could not be loaded: {type(error).__name__}: {error}"
             raise EngineError(self._load_error) from error
         finally:
             self._loading = self._loading_preset = None

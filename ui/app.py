@@ -31,7 +31,7 @@ QUEUE_NAPS = {
 
 def build(service: Service, registry: Registry | None = None) -> gr.Blocks:
     """Make the page. One registry belongs to one page; a test may hand in its own to look into it."""
-    context = Context(service, registry or Registry())
+    context = Context(service, Registry() if registry is None else registry)
     with gr.Blocks(title="Suri", analytics_enabled=False, fill_width=True, fill_height=True) as demo:
         with gr.Row(elem_id="header"):
             gr.HTML(BRAND, elem_id="brand")
@@ -82,7 +82,6 @@ def mount(app: FastAPI, service: Service, settings: Settings, registry: Registry
     return gr.mount_gradio_app(
         app, demo, path="/", auth=list(settings.logins) or None, show_error=False, run_history=False, footer_links=[],
         enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False, max_file_size="1mb", theme=theme(),
-        css=variables() + "".join((STATIC / name).read_text(encoding="utf-8") for name in STYLES),
         head=_head(),
     )  # fmt: skip
 
@@ -95,8 +94,10 @@ def calm(demo: gr.Blocks) -> None:
 
 
 def _head() -> str:
+    """Our styles and script. Not through `css=`: that adds every rule twice, once with its selector cut at commas."""
+    styles = variables() + "".join((STATIC / name).read_text(encoding="utf-8") for name in STYLES)
     script = (STATIC / "page.js").read_text(encoding="utf-8")
-    return f"<script>{script}</script>"
+    return f"<style>{styles}</style><script>{script}</script>"
 
 
 def _tools() -> str:
@@ -110,9 +111,7 @@ def _tools() -> str:
 class _Page:
     """Handlers that concern the page as a whole."""
 
-    def __init__(
-        self, context: Context, chat: chat_tab.ChatTab, parameters: parameters_tab.ParametersTab
-    ) -> None:
+    def __init__(self, context: Context, chat: chat_tab.ChatTab, parameters: parameters_tab.ParametersTab) -> None:
         self._context, self._chat, self._parameters = context, chat, parameters
 
     async def opened(self, request: gr.Request, tab: str) -> list[Any]:

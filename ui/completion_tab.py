@@ -42,10 +42,10 @@ def build() -> CompletionTab:
             elem_id="completion-text", label="Text", show_label=False, container=False, lines=14, max_lines=22,
             placeholder="Once upon a time",
         )  # fmt: skip
+        state = gr.HTML(pieces.state_line(busy=False), elem_id="completion-state")
         notice = gr.HTML(elem_id="completion-notice")
         with gr.Row(elem_id="completion-row"):
             undo = gr.Button("Undo", elem_id="completion-undo")
-            state = gr.HTML(pieces.state_line(busy=False), elem_id="completion-state")
             meter = gr.HTML(elem_id="completion-meter")
             go = gr.Button("Continue", elem_id="completion-go", variant="primary")
             stop = gr.Button("Stop", elem_id="completion-stop", variant="primary")

@@ -19,6 +19,7 @@ from ui.replies import sentence
 from ui.sessions import Session
 
 SLIDER_SPAN = 10_000  # a wider whole number is typed, not dragged
+OWN = "My own values"  # shown as the set while the values are none of the sets
 BUILT_IN: dict[str, GenerationParams] = {
     "Balanced": GenerationParams(),
     "Precise": GenerationParams(temperature=0.0),
@@ -112,9 +113,7 @@ def build() -> ParametersTab:
     with gr.Column(elem_id="parameters", elem_classes="sheet"):
         gr.HTML('<h2>Parameters</h2><p class="soft">How the model chooses its words, for your chat and completion.</p>')
         with gr.Row(elem_id="set-row"):
-            sets = gr.Dropdown(
-                list(BUILT_IN), value="Balanced", label="Set", elem_id="sets", allow_custom_value=True
-            )
+            sets = gr.Dropdown(list(BUILT_IN), value="Balanced", label="Set", elem_id="sets", allow_custom_value=True)
             defaults = gr.Button("Back to defaults", elem_id="defaults")
             neutral = gr.Button("All neutral", elem_id="neutral")
         marked = gr.HTML(marks(GenerationParams(), GenerationParams()), elem_id="marks")
@@ -145,17 +144,27 @@ def wire(tab: ParametersTab, context: Context) -> None:
     """Connect the widgets."""
     handlers = _Handlers(context)
     knobs, said = list(tab.knobs), [tab.marks, tab.notice]
-    for knob in knobs:
-        knob.input(handlers.changed, knobs, said, trigger_mode="always_last", **PRIVATE)
-        if isinstance(knob, gr.Slider):
-            knob.release(handlers.changed, knobs, said, trigger_mode="always_last", **PRIVATE)
+    edits = [event for knob in knobs for event in _edits(knob)]
+    gr.on(edits, handlers.changed, knobs, [*said, tab.sets], trigger_mode="always_last", **PRIVATE)
     tab.sets.input(handlers.pick, [tab.sets], [*knobs, *said], **PRIVATE)
     tab.defaults.click(handlers.defaults, None, [*knobs, *said, tab.sets], **PRIVATE)
     tab.neutral.click(handlers.neutral, None, [*knobs, *said, tab.sets], **PRIVATE)
     gr.on(
-        [tab.save.click, tab.name.submit], handlers.save, [tab.name, *knobs], [tab.sets, tab.name, tab.notice], **PRIVATE
+        [tab.save.click, tab.name.submit],
+        handlers.save,
+        [tab.name, *knobs],
+        [tab.sets, tab.name, tab.notice],
+        **PRIVATE,
     )
     tab.delete.click(handlers.delete, [tab.sets], [tab.sets, tab.notice], **PRIVATE)
+
+
+def _edits(knob: Any) -> list[Any]:
+    """The events by which a person changes a widget; not those by which we do.
+
+    Leaving a text counts too: Gradio reports no input for the first change after a fold was opened.
+    """
+    return [knob.input, knob.release if isinstance(knob, gr.Slider) else knob.blur]
 
 
 def choices(context: Context) -> list[str]:
@@ -167,9 +176,17 @@ def restore(tab: ParametersTab, context: Context, session: Session) -> list[Any]
     """Values for knobs, marks and sets after a (re)load."""
     base = context.service.default_params()
     params = session.workspace.params or base
+    return [
+        *show_params(params),
+        marks(params, base),
+        gr.update(choices=choices(context), value=_name(context, params)),
+    ]
+
+
+def _name(context: Context, params: GenerationParams) -> str:
+    """The set that these values are."""
     known = {**context.service.sampling_sets(), **_built_in(context)}
-    name = next((name for name, candidate in known.items() if candidate == params), None)
-    return [*show_params(params), marks(params, base), gr.update(choices=choices(context), value=name)]
+    return next((name for name, candidate in known.items() if candidate == params), OWN)
 
 
 def _built_in(context: Context) -> dict[str, GenerationParams]:
@@ -185,12 +202,14 @@ class _Handlers:
         try:
             params = read_params(values)
         except UserError as error:
-            return [gr.skip(), pieces.notice(sentence(error))]
+            return [gr.skip(), pieces.notice(sentence(error)), gr.skip()]
         session_of(self._context.registry, request).workspace.params = params
-        return [marks(params, self._context.service.default_params()), ""]
+        return [marks(params, self._context.service.default_params()), "", _name(self._context, params)]
 
     def pick(self, request: gr.Request, name: str | None) -> list[Any]:
         """Put a set's values into the widgets."""
+        if name == OWN:
+            return [gr.skip()] * (len(KNOBS) + 2)
         params = {**self._context.service.sampling_sets(), **_built_in(self._context)}.get(name or "")
         if params is None:
             words = pieces.notice(f"There is no set '{name}' any more.")
@@ -206,13 +225,13 @@ class _Handlers:
     def neutral(self, request: gr.Request) -> list[Any]:
         """Every parameter at the value where it does nothing."""
         params = GenerationParams.from_mapping({knob.name: knob.neutral for knob in KNOBS})
-        return [*self._put(params, request), gr.update(value=None)]
+        return [*self._put(params, request), gr.update(value=_name(self._context, params))]
 
     def save(self, name: str, *values: Any) -> list[Any]:
         """Save the values under a name of their own."""
         name = (name or "").strip()[:60]
-        if not name or name in BUILT_IN:
-            words = f"'{name}' comes with Suri; choose another name." if name else "Give the set a name first."
+        if not name or name in BUILT_IN or name == OWN:
+            words = f"'{name}' is taken by Suri; choose another name." if name else "Give the set a name first."
             return [gr.skip(), gr.skip(), pieces.notice(words)]
         try:
             self._context.service.save_sampling_set(name, read_params(values))
@@ -222,14 +241,18 @@ class _Handlers:
 
     def delete(self, name: str | None) -> list[Any]:
         """Delete a saved set; the values in the widgets stay."""
-        if not name or name in BUILT_IN:
-            words = f"'{name}' comes with Suri and cannot be deleted." if name else "Pick the set to delete first."
+        if not name or name in BUILT_IN or name == OWN:
+            words = (
+                f"'{name}' comes with Suri and cannot be deleted."
+                if name in BUILT_IN
+                else "Pick the set to delete first."
+            )
             return [gr.skip(), pieces.notice(words)]
         try:
             self._context.service.delete_sampling_set(name)
         except UserError as error:
             return [gr.skip(), pieces.notice(sentence(error))]
-        return [gr.update(choices=choices(self._context), value=None), ""]
+        return [gr.update(choices=choices(self._context), value=OWN), ""]
 
     def _put(self, params: GenerationParams, request: gr.Request) -> list[Any]:
         session_of(self._context.registry, request).workspace.params = params

@@ -26,12 +26,12 @@ def meter(used: int, context: int) -> str:
     """The context meter: numbers, then words that a narrow page may leave out."""
     if context <= 0:
         return ""
-    numbers, _, words = wording.meter(used, context).partition(" · ")
+    numbers, _, words = wording.meter(used, context).partition(" tokens · ")
     full = " full" if used > 0.9 * context else ""
     share = min(100, round(100 * used / context))
     return (
         f'<div class="meter{full}"><span class="bar" aria-hidden="true"><i style="width:{share}%"></i></span>'
-        f'<span>{escape(numbers)}</span><span class="left"> · {escape(words)}</span></div>'
+        f'<span>{escape(numbers)}</span><span class="unit"> tokens</span><span class="left"> · {escape(words)}</span></div>'
     )
 
 

@@ -37,7 +37,9 @@ class PresetsTab:
 def build() -> PresetsTab:
     """Lay the widgets out."""
     with gr.Column(elem_id="presets", elem_classes="sheet wide"):
-        gr.HTML('<h2>Presets</h2><p class="soft">Ways to run a model on this machine. Chats go on with the one you load.</p>')
+        gr.HTML(
+            '<h2>Presets</h2><p class="soft">Ways to run a model on this machine. Chats go on with the one you load.</p>'
+        )
         progress = gr.HTML(elem_id="preset-progress")
         notice = gr.HTML(elem_id="preset-notice")
         table = gr.HTML(elem_id="preset-table", js_on_load=PRESS)

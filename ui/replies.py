@@ -65,7 +65,8 @@ def sentence(error: Exception) -> str:
     """One sentence for the person. A defect of ours goes to the log whole and to the page as a plain apology."""
     if isinstance(error, UserError):
         text = error.message
-        text = text[:1].upper() + text[1:]
+        if text.split(" ", 1)[0].isalpha():  # the name of a file or a parameter keeps its spelling
+            text = text[:1].upper() + text[1:]
         return text if text.endswith((".", "?")) else f"{text}."
     logger.error("a reply failed", exc_info=error)
     return OUR_FAULT

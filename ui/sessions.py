@@ -108,10 +108,11 @@ class Session:
 class Registry:
     """All live pages and the workspaces of the last `keep` tabs."""
 
-    def __init__(self, keep: int = 200) -> None:
+    def __init__(self, keep: int = 200, pages: int = 1000) -> None:
         self._keep = keep
+        self._pages = pages  # a browser says when it goes; a program that only sends requests may not
         self._lock = threading.Lock()
-        self._sessions: dict[str, Session] = {}
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._workspaces: OrderedDict[tuple[str, str], Workspace] = OrderedDict()
 
     def open(self, session_hash: str, tab: str, owner: str = "") -> Session:
@@ -125,6 +126,8 @@ class Registry:
             while len(self._workspaces) > self._keep:
                 self._workspaces.popitem(last=False)
             session = self._sessions[session_hash] = Session(workspace, key)
+            while len(self._sessions) > self._pages:
+                stale.append(self._sessions.popitem(last=False)[1])
         for old in stale:
             _end(old)
         return session
@@ -133,6 +136,8 @@ class Registry:
         """The session of a page; a page that outlived a restart of the server gets an empty one."""
         with self._lock:
             session = self._sessions.get(session_hash)
+            if session is not None:
+                self._sessions.move_to_end(session_hash)
         return session or self.open(session_hash, session_hash, owner)
 
     def close(self, session_hash: str) -> None:
@@ -144,11 +149,12 @@ class Registry:
 
     def running(self) -> int:
         """How many replies are on their way, over all pages."""
-        with self._lock:
-            return sum(session.writing(kind) for session in self._sessions.values() for kind in list(session.runs))
+        return sum(session.writing(kind) for session in self.sessions() for kind in list(session.runs))
 
-    def __len__(self) -> int:
-        return len(self._sessions)
+    def sessions(self) -> list[Session]:
+        """The live pages."""
+        with self._lock:
+            return list(self._sessions.values())
 
 
 def settle(workspace: Workspace, run: Run) -> None:

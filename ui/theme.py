@@ -51,7 +51,7 @@ def theme() -> gr.themes.Base:
             button_secondary_border_color="line", slider_color="accent", code_background_fill="code",
         ),
         color_accent="var(--suri-accent)", block_shadow="none", block_shadow_dark="none", input_shadow="none",
-        input_shadow_focus="none", button_primary_shadow="none", button_secondary_shadow="none",
+        input_shadow_focus="none", input_border_width="1px", button_primary_shadow="none", button_secondary_shadow="none",
         button_border_width="1px", block_border_width="0px", block_border_width_dark="0px", block_padding="0",
         button_large_radius="10px", button_small_radius="10px", input_radius="10px", block_radius="10px",
         block_info_text_size="13.5px", block_title_text_weight="550", button_large_text_weight="550",

@@ -4,8 +4,8 @@ A browser that is told to visit a hostile page will carry requests to this serve
 binding to 127.0.0.1 protects nobody. So the name the browser believes to talk to (Host) must be ours, and whatever
 changes something must come from our own page (Origin, Sec-Fetch-Site) or from a program (no such headers).
 
-Also here, because it must hold for every route: API keys, sizes, content type, security headers, request ids. Nothing is
-buffered: bodies are counted as they pass, so that streams, disconnects and slow readers behave as without a guard.
+Also here, because it must hold for every route: API keys, sizes, content type, security headers, request ids. Nothing
+is buffered: bodies are counted as they pass, so that streams, disconnects and slow readers behave as without a guard.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CSP = (
     "worker-src 'self' blob:; frame-ancestors 'self'; base-uri 'self'; object-src 'none'; form-action 'self'"
 )
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-WILDCARDS = ("", "0.0.0.0", "::")
+WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 READING = ("GET", "HEAD", "OPTIONS")
 UPLOAD = "/gradio_api/upload"
 # Gradio fetches a URL for anyone who asks for it as a "file", and forwards to Spaces under "proxy"
@@ -145,14 +145,19 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._taken = 0
+        self._more = True  # the client has not said yet that its body is complete
 
     async def receive(self) -> Message:
+        message = await self._counted()
+        if self._taken > self.limit:
+            self.too_large = _too_large(self.limit)
+            raise self.too_large
+        return message
+
+    async def _counted(self) -> Message:
         message = await self._receive()
-        if message["type"] == "http.request":
-            self._taken += len(message.get("body", b""))
-            if self._taken > self.limit:
-                self.too_large = _too_large(self.limit)
-                raise self.too_large
+        self._taken += len(message.get("body", b""))
+        self._more = message["type"] == "http.request" and bool(message.get("more_body"))
         return message
 
     async def send(self, message: Message) -> None:
@@ -179,14 +184,11 @@ class Exchange:
         if b"expect" in headers:  # it waits for our word before it sends
             return
         with anyio.move_on_after(DRAIN_SECONDS):
-            while self._taken <= 2 * self.limit + MEBIBYTE:
-                message = await self._receive()
-                self._taken += len(message.get("body", b""))
-                if message["type"] != "http.request" or not message.get("more_body"):
-                    return
+            while self._more and self._taken <= 2 * self.limit + MEBIBYTE:
+                await self._counted()
 
     def _marked(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """Our headers in place of the app's. Nobody gets a CORS permission: Gradio gives them to any origin on a LAN."""
+        """Our headers in place of the app's. Nobody gets a CORS permission: Gradio gives them to anyone on a LAN."""
         kept = [
             (name, value)
             for name, value in headers

@@ -100,7 +100,7 @@ def refuse_unsupported(body: Mapping[str, Any], fields: Neutral) -> None:
         if value is None or name not in fields or name in _KNOB_NAMES:
             continue
         if not any(_same(value, neutral) for neutral in fields[name]):
-            raise UnsupportedError(f"this server does not support '{name}' yet; leave it out", param=name)
+            raise UnsupportedError(f"this server does not support that value of '{name}' yet; leave it out", param=name)
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Which paths belong to programs. The guard, the routes and the error answers must agree on this, so it is said once."""
+"""Which paths belong to programs. The guard and the routes must agree on this, so it is said once."""
 
 from __future__ import annotations
 

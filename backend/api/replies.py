@@ -10,14 +10,13 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import cast
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from backend.api.failures import as_user_error, error_body, error_response
 from backend.api.shapes import Reply, Shape
-from backend.api.sse import DONE, PING, disconnected, event
+from backend.api.sse import DONE, PING, disconnected, ended, event
 from backend.errors import UserError
 from backend.events import Chunk, Stats
 from backend.generation import Generation
@@ -88,9 +87,7 @@ async def answer(shape: Shape, generations: Sequence[Generation], request: Reque
         return error_response(error)
     finally:
         stop_all(generations)
-        for task in (folding, leaving):
-            task.cancel()
-        await asyncio.gather(folding, leaving, return_exceptions=True)
+        await ended(folding, leaving)
 
 
 async def _folded(generations: Sequence[Generation]) -> list[Reply]:
@@ -109,42 +106,28 @@ async def _folded(generations: Sequence[Generation]) -> list[Reply]:
 async def merged(
     generations: Sequence[Generation], keep_alive: float | None
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """Chunks of all generations as they come, each with its index. A slow reader holds back only himself."""
-    if len(generations) == 1:
-        async with aclosing(_chunks(generations[0], keep_alive)) as chunks:
-            async for chunk in chunks:
-                yield 0, chunk
-        return
-    # one place only: what is not read yet stays in the generation, which joins its chunks
-    arrived: asyncio.Queue[tuple[int, Chunk | None]] = asyncio.Queue(maxsize=1)
+    """Chunks of all generations as they come, each with its index; an empty one after `keep_alive` silent seconds.
 
-    async def pump(index: int, generation: Generation) -> None:
-        try:
-            async with aclosing(_chunks(generation, keep_alive)) as chunks:
-                async for chunk in chunks:
-                    await arrived.put((index, chunk))
-        except Exception as error:
-            await arrived.put((index, Chunk(finish_reason="error", error=error)))
-        await arrived.put((index, None))
+    The next chunk is asked for only when the last one was taken, so a slow reader lets a generation join its chunks.
+    Each wait is a task of its own because a task can be left at any moment: `asyncio.wait_for`, before Python 3.12,
+    sometimes loses a cancellation, and a loop around it would then go on for nobody.
+    """
 
-    pumps = [asyncio.ensure_future(pump(index, generation)) for index, generation in enumerate(generations)]
+    def ask(index: int) -> asyncio.Future[Chunk | None]:
+        return asyncio.ensure_future(generations[index].next_chunk(keep_alive))
+
+    waiting = {ask(index): index for index in range(len(generations))}
     try:
-        running = len(pumps)
-        while running:
-            index, chunk = await arrived.get()
-            if chunk is None:
-                running -= 1
-            else:
+        while waiting:
+            arrived, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in arrived:
+                index = waiting.pop(task)
+                chunk = task.result() or Chunk(stats=generations[index].stats)
                 yield index, chunk
+                if chunk.finish_reason is None:
+                    waiting[ask(index)] = index
     finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-
-
-def _chunks(generation: Generation, keep_alive: float | None) -> AsyncGenerator[Chunk, None]:
-    # `chunks` is an async generator, its annotation promises less; it must be closed here and now, not by the collector
-    return cast("AsyncGenerator[Chunk, None]", generation.chunks(keep_alive=keep_alive))
+        await ended(*waiting)
 
 
 def _reported(error: Exception | None) -> UserError:

@@ -52,9 +52,7 @@ class EventStream(Response):
                 await writing
         finally:
             self.on_close()
-            for task in (writing, leaving):
-                task.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
+            await ended(writing, leaving)
             await self.events.aclose()
 
     async def _write(self, send: Send) -> None:
@@ -65,6 +63,13 @@ class EventStream(Response):
             if patience.cancelled_caught:
                 return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def ended(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel the tasks and wait for their end. Their errors are taken, or asyncio would complain about them."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def disconnected(receive: Receive) -> None:

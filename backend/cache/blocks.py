@@ -136,6 +136,19 @@ class BlockPool:
         self._free.update(lease._owned)
         lease.blocks, lease._path, lease._owned = [], [], set()
 
+    def discard(self, lease: Lease) -> None:
+        """The sequence went wrong: its blocks, and what was built on them, are not to be found by anyone again.
+
+        Blocks that another lease is using stay until that one ends.
+        """
+        for node in lease._path:
+            node.pins -= 1
+        for node in lease._path:
+            if self._nodes.get(node.block) is node:
+                self._forget(node)
+        self._free.update(lease._owned)
+        lease.blocks, lease._path, lease._owned = [], [], set()
+
     def clear(self) -> None:
         """Forget everything; no lease may be open."""
         self._free = set(range(self.n_blocks))
@@ -210,6 +223,16 @@ class BlockPool:
         assert node.parent is not None
         del node.parent.children[node.tokens]
         del self._nodes[node.block]
+
+    def _forget(self, top: _Node) -> None:
+        """Remove a node and everything below it, unless somebody's path goes through there."""
+        below = [top]
+        for node in below:  # grows while it is walked: parents before children
+            below += node.children.values()
+        for node in reversed(below):
+            if self._unpinned(node) and not node.children:
+                self._remove(node)
+                self._free.add(node.block)
 
     # free blocks ------------------------------------------------------------------------------------------------------
 

@@ -52,9 +52,7 @@ class Checkpoint(Protocol):
         ...
 
 
-def checked_extent(
-    path: Path, name: str, shape: tuple[int, ...], fmt: BlockFormat, offset: int, file_size: int
-) -> int:
+def checked_extent(path: Path, name: str, shape: tuple[int, ...], fmt: BlockFormat, offset: int, file_size: int) -> int:
     """Bytes of a tensor, after checking shape x format x offset against the file. Every reader goes through here."""
     elements = 1
     for size in shape:
@@ -77,9 +75,12 @@ def checked_extent(
 
 
 def check_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
-    """Every tensor the model needs is there with the right shape."""
-    for name, shape in tensor_shapes(config).items():
+    """Every tensor the model needs is there, and those that are there have the right shape."""
+    optional = {"rope_freqs": (config.head_dim // 2,)}
+    for name, shape in (tensor_shapes(config) | optional).items():
         info = tensors.get(name)
+        if info is None and name in optional:
+            continue
         if info is None:
             raise CheckpointError(f"{path}: tensor '{name}' is missing; a model of {config.n_layers} layers needs it")
         if info.shape != shape:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ _LAYER = {
     "ffn_down.weight": "w2",
     "ffn_up.weight": "w3",
 }
+_LAYER_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")  # one spelling for each number
 
 
 class GGUFCheckpoint:
@@ -205,10 +207,10 @@ def _canonical(path: Path, tensors: Mapping[str, TensorInfo], n_layers: int) -> 
     renamed: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         target = _TOP.get(name)
-        if target is None and name.startswith("blk."):
-            number, _, rest = name[4:].partition(".")
-            if number.isdigit() and int(number) < n_layers and rest in _LAYER:
-                target = f"layers.{int(number)}.{_LAYER[rest]}"
+        if found := _LAYER_NAME.fullmatch(name):
+            number, rest = int(found[1]), found[2]
+            if number < n_layers and rest in _LAYER:
+                target = f"layers.{number}.{_LAYER[rest]}"
         if target is None:
             raise CheckpointError(f"{path}: tensor '{name}' is not part of the LLaMA architecture")
         renamed[target] = info

@@ -115,9 +115,13 @@ class Scheduler:
         self._number_waiting()
 
     def _give_back(self, request: Request, *, keep: bool = True) -> None:
-        if request.lease is not None:
-            self._pool.release(request.lease, request.ids[: request.computed] if keep and request.use_cache else ())
-            request.lease = None
+        if request.lease is None:
+            return
+        if keep:
+            self._pool.release(request.lease, request.ids[: request.computed] if request.use_cache else ())
+        else:
+            self._pool.discard(request.lease)
+        request.lease = None
 
     def _number_waiting(self) -> None:
         for place, request in enumerate(self.waiting):

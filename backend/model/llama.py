@@ -49,7 +49,9 @@ class Llama:
             x = x + self._feed_forward(layer, x)
         return self.output(self._rms_norm(x.index_select(0, rows), self.norm))
 
-    def _attention(self, number: int, layer: Layer, x: torch.Tensor, turns: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def _attention(
+        self, number: int, layer: Layer, x: torch.Tensor, turns: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
         config = self.config
         heads = layer.wqkv(self._rms_norm(x, layer.attention_norm)).view(x.shape[0], -1, config.head_dim)
         turned = self.rope.apply(heads[:, : config.n_heads + config.n_kv_heads], turns)

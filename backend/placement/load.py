@@ -24,10 +24,10 @@ _PLAIN = {blocks.F32: torch.float32, blocks.F16: torch.float16, blocks.BF16: tor
 
 
 class Loaded:
-    """A model and the bytes its weights take."""
+    """A model, the bytes its weights take, and how many of these one token reads (all but a table looked up in)."""
 
-    def __init__(self, model: Llama, weight_bytes: int) -> None:
-        self.model, self.weight_bytes = model, weight_bytes
+    def __init__(self, model: Llama, weight_bytes: int, bytes_per_token: int) -> None:
+        self.model, self.weight_bytes, self.bytes_per_token = model, weight_bytes, bytes_per_token
 
 
 def load_model(
@@ -70,7 +70,8 @@ class _Loader:
             factors=self._vector("rope_freqs") if "rope_freqs" in self._checkpoint.tensors else None,
         )
         model = Llama(config, embedding, tuple(layers), self._vector("norm"), output, rope)
-        return Loaded(model, self._kept)
+        shared = isinstance(output, PlainLinear) and output.weight.data_ptr() == embedding.raw.data_ptr()
+        return Loaded(model, self._kept, self._kept - (0 if shared else embedding.nbytes()))
 
     # parts ------------------------------------------------------------------------------------------------------------
 
@@ -109,14 +110,15 @@ class _Loader:
     def _stacked(self, names: tuple[str, ...]) -> Linear:
         if self._weights != "original":
             return PlainLinear(torch.cat([self._converted(name) for name in names]))
-        formats = {self._format(name) for name in names}
-        if len(formats) > 1:
+        tensors = [self._checkpoint.tensors[name] for name in names]
+        kinds = {(info.format, can_pack(info.format, info.shape[0])) for info in tensors}
+        if len(kinds) > 1:
             return SplitLinear([self._stacked((name,)) for name in names])
-        fmt = formats.pop()
+        fmt, packed = kinds.pop()
         raw = torch.cat([self._raw(name) for name in names])
         if fmt in _PLAIN:
             return PlainLinear(raw.view(_PLAIN[fmt]))
-        return Int4Linear.from_blocks(raw, fmt) if can_pack(fmt, raw.shape[0]) else BlockLinear(raw, fmt)
+        return Int4Linear.from_blocks(raw, fmt) if packed else BlockLinear(raw, fmt)
 
     # reading ----------------------------------------------------------------------------------------------------------
 

@@ -68,9 +68,10 @@ def weight_bytes(weights: str, config: ModelConfig, tensors: Mapping[str, Stored
         if len(info.shape) == 1:
             total += 4 * info.elements
         elif weights != "original":
-            total += _VALUE_BYTES[weights] * info.elements  # a tied table is looked up in and multiplied by as it is
+            total += _VALUE_BYTES[weights] * info.elements  # a tied table serves both its uses as it is
         elif name == "tok_embeddings":
-            total += info.nbytes + (_linear_bytes(info) if config.tied_output else 0)
+            # A tied plain table serves both uses; packed blocks that are multiplied by have a copy in the kernel's layout.
+            total += info.nbytes + (_linear_bytes(info) if config.tied_output and info.format.elements > 1 else 0)
         else:
             total += _linear_bytes(info)
     return total

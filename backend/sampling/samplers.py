@@ -24,7 +24,8 @@ def repetition_penalty(logits: torch.Tensor, used: torch.Tensor, penalty: float)
 
 def temperature(logits: torch.Tensor, value: float) -> torch.Tensor:
     """Divide by the temperature. 0 is the caller's business: it means argmax."""
-    return logits / value
+    # From the likeliest down: a tiny temperature then sends the others to -inf, and never two to +inf (which is NaN).
+    return (logits - logits.max()) / max(value, 1e-30)
 
 
 def top_k(logits: torch.Tensor, k: int) -> torch.Tensor:

@@ -50,19 +50,21 @@ class SamplingSets:
             return {str(name): GenerationParams.from_mapping(values) for name, values in stored.items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, AttributeError, TypeError, UserError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError, UserError) as error:
             raise UserError(f"{self._path}: the saved sampling sets cannot be read ({error})") from None
 
     def _write(self, sets: dict[str, GenerationParams]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({name: params.changed() for name, params in sets.items()}, indent=1, ensure_ascii=False)
-        handle, part = tempfile.mkstemp(dir=self._path.parent, prefix=".sets-")
+        text = json.dumps({name: params.changed() for name, params in sets.items()}, indent=1, ensure_ascii=True)
+        part = None
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            handle, part = tempfile.mkstemp(dir=self._path.parent, prefix=".sets-")
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self._path)
         except OSError as error:
-            Path(part).unlink(missing_ok=True)
+            if part is not None:
+                Path(part).unlink(missing_ok=True)
             raise UserError(f"{self._path}: cannot be written ({error.strerror or error})") from None

@@ -14,7 +14,8 @@ class TextStream:
     """Incremental UTF-8 decoding with stop strings.
 
     The concatenation of everything returned by `push` and `flush` does not depend on how the bytes were cut into
-    tokens. Bytes that are no UTF-8 become U+FFFD, as `bytes.decode(errors="replace")` would make them.
+    tokens: it is the whole text up to where a stop string first begins. Bytes that are no UTF-8 become U+FFFD, as
+    `bytes.decode(errors="replace")` would make them.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
@@ -30,8 +31,10 @@ class TextStream:
     def flush(self) -> str:
         """The generation is over: return what was still held back."""
         text = self._advance(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return text if self.stopped else text + held
+        cut = self._first_stop()
+        self.stopped = self.stopped or cut is not None
+        held, self._held = self._held[:cut], ""
+        return text + held
 
     def _advance(self, text: str) -> str:
         if self.stopped:
@@ -40,12 +43,12 @@ class TextStream:
             return text
         self._held += text
         cut = self._first_stop()
-        if cut is not None:
+        split = len(self._held) - self._possible_stop_length()
+        # A longer stop string that began before the one that is complete may still become complete: then it counts.
+        if cut is not None and cut <= split:
             self.stopped = True
             shown, self._held = self._held[:cut], ""
             return shown
-        keep = self._possible_stop_length()
-        split = len(self._held) - keep
         shown, self._held = self._held[:split], self._held[split:]
         return shown
 

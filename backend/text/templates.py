@@ -1,7 +1,7 @@
 """Chat templates: messages to prompt text, by the model's own Jinja template in a sandbox.
 
-Templates come with model files, so from strangers: they run in Jinja's immutable sandbox with nothing in reach but the
-messages, and with a limit on what they may produce.
+Templates come with model files, so from strangers: they run in a sandbox with nothing in reach but the messages, and
+with limits on what they may take and produce (sandbox.py).
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 
 from backend.errors import CheckpointError, UserError
 from backend.text.messages import Message
+from backend.text.sandbox import MAX_ITEMS, Sandbox
 
 MAX_TEMPLATE = 1 << 18  # characters; the longest known template has 25,000
 MAX_GROWTH = 1 << 20  # characters a template may add to what the messages hold
@@ -41,20 +40,11 @@ class ChatTemplate:
             raise CheckpointError(f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE} are allowed")
         self.source = source
         self._special = dict(special_tokens)  # bos_token, eos_token
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
-        environment.globals.clear()
-        environment.globals.update(
-            raise_exception=_raise_exception,
-            strftime_now=lambda form: datetime.datetime.now().strftime(form),
-            range=environment.globals.get("range", jinja2.sandbox.safe_range),
-            namespace=jinja2.utils.Namespace,
-        )
-        environment.filters["tojson"] = _to_json
+        names = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self._sandbox = Sandbox({"tojson": _to_json}, names)
         try:
-            self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            self._template = self._sandbox.from_string(source)
+        except Exception as error:  # also Python's own: nesting that is too deep for its compiler
             raise CheckpointError(f"the chat template cannot be read: {error}") from None
 
     def render(
@@ -63,6 +53,7 @@ class ChatTemplate:
         """The prompt text. `prepare` is applied to every content first (to keep typed control tokens text)."""
         plain = [{"role": message.role, "content": prepare(message.content)} for message in messages]
         limit = MAX_GROWTH + 4 * sum(len(message["content"]) for message in plain)
+        self._sandbox.begin(limit, MAX_ITEMS + 16 * len(plain))
         pieces: list[str] = []
         length = 0
         try:
@@ -84,6 +75,12 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
 def _to_json(value: Any, indent: int | None = None) -> str:
+    if indent is not None and not 0 <= indent <= 16:
+        raise jinja2.TemplateError(f"tojson(indent={indent}): expected 0 to 16")
     # Templates print for a model, not for a browser: Jinja's own filter would escape < and > here.
     return json.dumps(value, ensure_ascii=False, indent=indent)

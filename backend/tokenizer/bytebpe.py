@@ -22,10 +22,7 @@ _END_SPELLINGS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = (
-    _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS: dict[str, tuple[str, ...]] = {
     "smollm": (r"\p{N}", _GPT2),
     "starcoder": (r"\p{N}", _GPT2),
@@ -50,7 +47,7 @@ class ByteBPE:
         if not isinstance(kinds, list) or len(kinds) != len(tokens):
             raise CheckpointError(f"{path}: tokenizer.ggml.token_type does not have one entry for each of the tokens")
         pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
-        if pre not in _SPLITS:
+        if not isinstance(pre, str) or pre not in _SPLITS:
             raise CheckpointError(f"{path}: pre-tokenizer {pre!r}; this version knows {', '.join(sorted(_SPLITS))}")
         self.vocab_size = len(tokens)
         self._tokens, self._kinds = tokens, kinds

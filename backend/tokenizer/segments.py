@@ -19,13 +19,16 @@ class Segment:
 class ControlGuard:
     """Breaks the spelling of control tokens in typed text before it goes through a template, and mends it after.
 
-    `guard` puts a mark inside each control token's spelling; after rendering, `split` finds the template's own control
-    tokens (unmarked) and removes the marks from the rest, which is plain text.
+    `guard` puts a mark inside each control token's spelling, and where a text's edge and a neighbour's could make one
+    together; after rendering, `split` finds the template's own control tokens (unmarked) and removes the marks from the
+    rest, which is plain text.
     """
 
     def __init__(self, control: Iterable[str], contents: Iterable[str]) -> None:
         spellings = sorted((text for text in control if text), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, spellings))) if spellings else None
+        self._starts = tuple({text[:n] for text in spellings for n in range(1, len(text))})
+        self._ends = tuple({text[n:] for text in spellings for n in range(1, len(text))})
         taken = "".join(contents)
         unused = [mark for mark in _MARKS if mark not in taken]
         # Somebody who types all 32 noncharacters loses them; nothing else can be done and nobody does.
@@ -35,7 +38,10 @@ class ControlGuard:
         if self._pattern is None:
             return text
         # Two marks: one breaks this spelling, the other keeps a neighbour from completing one.
-        return self._pattern.sub(lambda found: found[0][:1] + self._mark + found[0][1:] + self._mark, text)
+        marked = self._pattern.sub(lambda found: found[0][:1] + self._mark + found[0][1:] + self._mark, text)
+        before = self._mark if marked.startswith(self._ends) else ""
+        after = self._mark if marked.endswith(self._starts) else ""
+        return before + marked + after
 
     def split(self, rendered: str) -> list[Segment]:
         segments: list[Segment] = []

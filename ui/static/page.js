@@ -58,9 +58,16 @@
     if (event.key === "Enter" && busy() && event.target.closest && event.target.closest("#box") && !event.shiftKey) {
       event.preventDefault(); // the reply is still being written; what is typed stays
       event.stopPropagation();
+    } else if (event.key === "Enter" && plain && !event.shiftKey && event.target.closest && event.target.closest("#messages textarea")) {
+      event.preventDefault();
+      press('#messages button[aria-label="Submit"]');
+      setTimeout(focusBox, 0);
     } else if (event.key === "Escape" && plain) {
       if (press("#stop") || press("#completion-stop")) event.preventDefault();
-      else if (event.target.closest && event.target.closest("#messages")) press('#messages button[aria-label="Cancel"]');
+      else if (event.target.closest && event.target.closest("#messages")) {
+        press('#messages button[aria-label="Cancel"]');
+        setTimeout(focusBox, 0);
+      }
     } else if (event.altKey && event.code === "KeyN") {
       event.preventDefault();
       newChat();
@@ -107,6 +114,7 @@
     };
     const plan = () => { if (!planned) { planned = true; requestAnimationFrame(settle); } };
     new MutationObserver(plan).observe(thread, { childList: true, subtree: true, characterData: true });
+    new ResizeObserver(plan).observe(thread);
     plan();
   };
 
@@ -124,7 +132,8 @@
   const label = (selector, text) => { const button = find(selector); if (button) button.setAttribute("aria-label", text); };
   const ready = () => {
     const thread = find("#thread");
-    if (!thread || !find("#box textarea")) { setTimeout(ready, 50); return; }
+    const parts = ["#box textarea", "#system-toggle", "#chat-state .state", "#tab-presets-button", "#older", "#new-chat"];
+    if (!thread || !parts.every(find)) { setTimeout(ready, 50); return; } // Gradio mounts piece by piece
     const announcer = document.createElement("div");
     announcer.id = "announcer";
     announcer.className = "unseen";
@@ -141,11 +150,13 @@
 
   paint();
   systemDark.addEventListener("change", paint);
-  document.addEventListener("DOMContentLoaded", () => {
+  const start = () => {
     const viewport = find("meta[name=viewport]");
     if (viewport) viewport.content = "width=device-width, initial-scale=1, interactive-widget=resizes-content";
     paint();
     new MutationObserver(paint).observe(document.body, { attributes: true, attributeFilter: ["class"] });
     ready();
-  });
+  };
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
+  else start(); // Gradio adds this script after the page has been parsed
 })();

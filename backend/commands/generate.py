@@ -1,0 +1,73 @@
+"""python -m backend generate: one completion to stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from backend.commands.choice import add_choice, loaded_service
+from backend.generation import Generation
+from backend.params import KNOBS, GenerationParams, Knob
+
+HELP = "continue a prompt and print the reply"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_choice(parser)
+    parser.add_argument("--prompt", required=True, help="the text to continue; - reads it from stdin")
+    parser.add_argument("--chat", action="store_true", help="ask it as a chat message, in the model's own format")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    for knob in KNOBS:
+        parser.add_argument(f"--{knob.name.replace('_', '-')}", help=knob.help, **_argument(knob))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    given = {knob.name: getattr(arguments, knob.name) for knob in KNOBS if getattr(arguments, knob.name) is not None}
+    GenerationParams.from_mapping(given)  # a bad value should not cost a load
+    service = loaded_service(arguments.preset, arguments.model)
+    try:
+        params = GenerationParams.from_mapping(given, service.default_params())
+        prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+        runtime = service.runtime()
+        ids = runtime.encode_message(prompt) if arguments.chat else runtime.encode_text(prompt)
+        generation = runtime.start(ids, params, want_logprobs=arguments.json)
+        return _print_json(generation) if arguments.json else _print_text(generation)
+    finally:
+        service.close()
+
+
+def _print_text(generation: Generation) -> int:
+    for chunk in generation:
+        print(chunk.text, end="", flush=True)
+        if chunk.error is not None:
+            raise chunk.error
+    print()
+    return 0
+
+
+def _print_json(generation: Generation) -> int:
+    text, ids, logprobs = "", [], []
+    for chunk in generation:
+        if chunk.error is not None:
+            raise chunk.error
+        text += chunk.text
+        ids += chunk.ids
+        logprobs += chunk.logprobs
+    stats = chunk.stats
+    document = {
+        "text": text,
+        "prompt_tokens": stats.prompt_tokens,
+        "completion_tokens": stats.completion_tokens,
+        "finish_reason": chunk.finish_reason,
+        "ids": ids,
+        "logprobs": logprobs,
+    }
+    print(json.dumps(document, ensure_ascii=False))
+    return 0
+
+
+def _argument(knob: Knob) -> dict:  # type: ignore[type-arg]
+    if knob.kind == "strings":
+        return {"action": "append", "metavar": "TEXT"}
+    return {"type": float if knob.kind == "float" else int, "metavar": "N"}

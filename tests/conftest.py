@@ -1,0 +1,28 @@
+"""What all tests share: the starter model, fetched when it is missing, and tiny models made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backend.models import ModelFolder
+from backend.settings import PROJECT, Settings
+from tests.tiny import TinyModel, write_tiny
+
+
+@pytest.fixture(scope="session")
+def starter_path() -> Path:
+    """The starter model's file."""
+    return ModelFolder(Settings().models_dir).resolve("starter", PROJECT)
+
+
+@pytest.fixture
+def tiny_path(tmp_path: Path) -> Callable[..., Path]:
+    """`tiny_path(weights="Q4_1", tied=False)` writes such a model and returns its file."""
+
+    def write(**options: object) -> Path:
+        return write_tiny(tmp_path / "tiny.gguf", TinyModel(**options))  # type: ignore[arg-type]
+
+    return write

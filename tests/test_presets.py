@@ -1,0 +1,161 @@
+"""Preset files: strict keys, types and ranges; every error names the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backend.errors import PresetError
+from backend.params import GenerationParams
+from backend.presets import MAX_PRESET_BYTES, Preset, PresetFolder
+from backend.settings import PROJECT
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text("model: starter\nweights: bf16\nsampling: {temperature: 0.2, top_k: 7}\n")
+    return tmp_path
+
+
+def read(folder: Path, text: str | bytes) -> Preset:
+    file = folder / "mine.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return PresetFolder(folder).read("mine")
+
+
+def test_the_shipped_presets_load() -> None:
+    presets = PresetFolder(PROJECT / "presets")
+    assert "starter" in presets.names()
+    for name in presets.names():
+        assert presets.read(name).title, f"{name} has a title for people"
+
+
+def test_all_keys(folder: Path) -> None:
+    preset = read(
+        folder,
+        "model: a.gguf\ntitle: T\nweights: f16\ndevice: cpu\ncontext: 64\nkv_cache: f32\nkv_tokens: 128\n"
+        "prompt_format: chatml\nsampling:\n  temperature: 0\n  stop: [a, b]\n",
+    )
+    assert preset == Preset(
+        name="mine", model="a.gguf", title="T", weights="f16", device="cpu", context=64, kv_cache="f32",
+        kv_tokens=128, prompt_format="chatml", sampling=GenerationParams(temperature=0, stop=("a", "b")),
+    )  # fmt: skip
+
+
+def test_defaults_are_what_an_absent_key_means(folder: Path) -> None:
+    assert read(folder, "model: x\n") == Preset(name="mine", model="x")
+    assert read(folder, "model: x\ncontext: auto\nkv_tokens: auto\n") == Preset(name="mine", model="x")
+
+
+def test_extends(folder: Path) -> None:
+    preset = read(folder, "extends: base\nweights: f32\n")
+    assert (preset.name, preset.model, preset.weights) == ("mine", "starter", "f32")
+    assert preset.sampling == GenerationParams(temperature=0.2, top_k=7)
+    with pytest.raises(PresetError, match="did you mean 'base'"):
+        read(folder, "extends: bass\n")
+
+
+def test_extends_in_a_circle(folder: Path) -> None:
+    (folder / "a.yaml").write_text("extends: b\n")
+    (folder / "b.yaml").write_text("extends: a\n")
+    (folder / "c.yaml").write_text("extends: c\n")
+    for name in "abc":
+        with pytest.raises(PresetError, match="leads back to itself"):
+            PresetFolder(folder).read(name)
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("modle", "model"), ("weigths", "weights"), ("contxt", "context"), ("sampl", "sampling"), ("titel", "title"),
+        ("kv_token", "kv_tokens"), ("kv-cache", "kv_cache"), ("promptformat", "prompt_format"), ("extend", "extends"),
+        ("devise", "device"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_key_names_the_nearest(folder: Path, key: str, suggestion: str) -> None:
+    with pytest.raises(PresetError) as caught:
+        read(folder, f"model: x\n{key}: y\n")
+    assert f"unknown key '{key}'" in caught.value.message
+    assert f"'{suggestion}'" in caught.value.message
+
+
+BAD = {
+    "no model": ("title: x", "model"),
+    "not a mapping": ("- a\n- b", "key: value"),
+    "empty": ("", "key: value"),
+    "a number": ("7", "key: value"),
+    "weights": ("model: x\nweights: bf15", "expected one of"),
+    "weights type": ("model: x\nweights: [f32]", "weights"),
+    "device": ("model: x\ndevice: gpu9", "device"),
+    "kv cache": ("model: x\nkv_cache: q3", "kv_cache"),
+    "context small": ("model: x\ncontext: 63", "from 64"),
+    "context large": ("model: x\ncontext: 16777217", "16777216"),
+    "context text": ("model: x\ncontext: many", "context"),
+    "context bool": ("model: x\ncontext: true", "context"),
+    "context float": ("model: x\ncontext: 128.0", "context"),
+    "context null": ("model: x\ncontext:", "context"),
+    "model empty": ("model: ''", "model"),
+    "model number": ("model: 7", "model"),
+    "prompt format": ("model: x\nprompt_format: alpaca", "jinja"),
+    "sampling list": ("model: x\nsampling: [1]", "sampling"),
+    "sampling key": ("model: x\nsampling: {temprature: 1}", "did you mean 'temperature'"),
+    "sampling range": ("model: x\nsampling: {top_p: 1.5}", "top_p"),
+    "sampling nan": ("model: x\nsampling: {top_p: .nan}", "top_p"),
+    "key twice": ("model: x\nmodel: y", "twice"),
+    "key twice inside": ("model: x\nsampling: {top_p: 1, top_p: 0.5}", "twice"),
+    "alias": ("model: &a x\ntitle: *a", "aliases"),
+    "laughs": ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "aliases"),
+    "python object": ("model: !!python/object/apply:os.system ['true']", "python"),
+    "python name": ("model: !!python/name:os.system", "python"),
+    "no yaml": ("model: [", "mine.yaml"),
+    "a tab": ("model:\tx\n\ty: z", "mine.yaml"),
+    "an impossible date": ("model: 2024-99-99", "mine.yaml"),
+    "an odd key": ("model: x\n? [a, b]\n: c", "mine.yaml"),
+    "a null key": ("model: x\n~: c", "None"),
+    "two documents": ("model: x\n---\nmodel: y", "mine.yaml"),
+    "depth": ("model: " + "[" * 20000, "mine.yaml"),
+    "control characters": ("model: \x00", "mine.yaml"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words"), BAD.values(), ids=BAD.keys())
+def test_what_does_not_fit_is_one_sentence_with_the_file(folder: Path, text: str, words: str) -> None:
+    with pytest.raises(PresetError) as caught:
+        read(folder, text)
+    assert str(folder / "mine.yaml") in caught.value.message
+    assert words in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_files_that_cannot_be_read(folder: Path) -> None:
+    with pytest.raises(PresetError, match=r"mine\.yaml"):
+        read(folder, b"model: \xff\xfe")
+    with pytest.raises(PresetError, match="at most"):
+        read(folder, "model: x\n#" + "x" * MAX_PRESET_BYTES)
+    with pytest.raises(PresetError, match="no such preset file"):
+        PresetFolder(folder).read_file(folder / "absent.yaml")
+    (folder / "dir.yaml").mkdir()
+    with pytest.raises(PresetError, match=r"dir\.yaml"):
+        PresetFolder(folder).read("dir")
+
+
+@pytest.mark.parametrize("name", ["../base", "base.yaml", "/etc/passwd", "", ".", "base\0", "BASE", "nosuch"])
+def test_a_name_is_looked_up_in_the_listing_only(folder: Path, name: str) -> None:
+    with pytest.raises(PresetError, match="there is no preset"):
+        PresetFolder(folder / ".").read(name)
+
+
+def test_names_in_order(folder: Path) -> None:
+    for name in ("zeta", "auto", "starter", "alpha"):
+        (folder / f"{name}.yaml").write_text("model: x\n")
+    (folder / "notes.txt").write_text("")
+    assert PresetFolder(folder).names() == ["auto", "starter", "alpha", "base", "zeta"]
+    assert PresetFolder(folder / "nowhere").names() == []
+
+
+def test_an_edited_file_counts_at_once(folder: Path) -> None:
+    presets = PresetFolder(folder)
+    assert presets.read("base").weights == "bf16"
+    (folder / "base.yaml").write_text("model: starter\nweights: f32\n")
+    assert presets.read("base").weights == "f32"
