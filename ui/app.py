@@ -102,9 +102,9 @@ def _head() -> str:
 
 def _tools() -> str:
     return (
-        '<button type="button" class="icon" data-tool="theme" aria-label="Light or dark" title="Light or dark">◐</button>'
-        '<button type="button" class="icon" data-tool="keys" aria-label="Keyboard shortcuts" title="Keyboard shortcuts">'
-        "?</button>"
+        '<button type="button" class="icon" data-tool="theme" aria-label="Light or dark" title="Light or dark">'
+        '◐</button><button type="button" class="icon" data-tool="keys" aria-label="Keyboard shortcuts" '
+        'title="Keyboard shortcuts">?</button>'
     )
 
 

@@ -1,7 +1,8 @@
 """The Chat tab: finished turns in a Chatbot, the reply in progress in a light Markdown below it, the composer.
 
-One turn is three events in a row: `begin` (put the message in, once), `stream` (only the light parts, about eleven times
-a second), `finish` (the reply moves into the Chatbot, once). So a long chat costs nothing while a reply is written.
+One turn is three events in a row: `begin` (put the message in, once), `stream` (only the light parts, about eleven
+times a second), `finish` (the reply moves into the Chatbot, once). So a long chat costs nothing while a reply is
+written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 import gradio as gr
 
 from backend.errors import UserError
-from backend.params import GenerationParams
 from ui import pieces, wording
 from ui.conversation import Turn
 from ui.door import Context
@@ -218,7 +218,7 @@ class _Talk:
             yield "", ended[2], ended[5]
 
     async def finish(self, request: gr.Request, box: str) -> list[Any]:
-        """Move the reply into the Chatbot and empty the light part, in one response. Says what went wrong, if it did."""
+        """Move the reply into the Chatbot and empty the light part, in one response; say what went wrong."""
         session = session_of(self._context.registry, request)
         run = session.take_done("chat")
         if run is None:

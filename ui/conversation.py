@@ -20,12 +20,14 @@ class Turn:
     parent: Turn | None = field(default=None, repr=False)
     children: list[Turn] = field(default_factory=list, repr=False)
     chosen: int = 0
+    before: int = 0  # what was chosen before the newest version was added
     footer: str = ""  # how fast this reply came, in words
 
     def add(self, role: Role, text: str) -> Turn:
         """Append a new version of what follows this turn and show it."""
         turn = Turn(role, text, self)
         self.children.append(turn)
+        self.before = self.chosen
         self.chosen = len(self.children) - 1
         return turn
 
@@ -80,8 +82,9 @@ class Conversation:
         """Take a turn and what follows it out of the tree; the version shown before it is shown again."""
         parent = _parent(turn)
         position = next(i for i, child in enumerate(parent.children) if child is turn)
+        newest = position == len(parent.children) - 1
         del parent.children[position]
-        parent.chosen = max(0, min(parent.chosen, len(parent.children) - 1))
+        parent.chosen = max(0, min(parent.before if newest else parent.chosen, len(parent.children) - 1))
         turn.parent = None
 
     def versions(self, turn: Turn) -> tuple[int, int]:

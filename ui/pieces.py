@@ -31,7 +31,8 @@ def meter(used: int, context: int) -> str:
     share = min(100, round(100 * used / context))
     return (
         f'<div class="meter{full}"><span class="bar" aria-hidden="true"><i style="width:{share}%"></i></span>'
-        f'<span>{escape(numbers)}</span><span class="unit"> tokens</span><span class="left"> · {escape(words)}</span></div>'
+        f'<span>{escape(numbers)}</span><span class="unit"> tokens</span>'
+        f'<span class="left"> · {escape(words)}</span></div>'
     )
 
 

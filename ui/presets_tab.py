@@ -37,9 +37,7 @@ class PresetsTab:
 def build() -> PresetsTab:
     """Lay the widgets out."""
     with gr.Column(elem_id="presets", elem_classes="sheet wide"):
-        gr.HTML(
-            '<h2>Presets</h2><p class="soft">Ways to run a model on this machine. Chats go on with the one you load.</p>'
-        )
+        gr.HTML('<h2>Presets</h2><p class="soft">Ways to run a model here. Chats go on with the one you load.</p>')
         progress = gr.HTML(elem_id="preset-progress")
         notice = gr.HTML(elem_id="preset-notice")
         table = gr.HTML(elem_id="preset-table", js_on_load=PRESS)
@@ -56,8 +54,9 @@ def wire(tab: PresetsTab, context: Context, chip: gr.HTML, changed: Sequence[Any
 def table(presets: Sequence[PresetInfo], status: Status) -> str:
     """The table, one row a preset: what it is, what it needs, and its state or what can be done."""
     rows = "".join(_row(info, status) for info in presets)
-    head = '<tr><th scope="col">Preset</th><th scope="col">Needs</th><th scope="col"><span class="unseen">State</span></th></tr>'
-    return f'<table class="presets"><thead>{head}</thead><tbody>{rows}</tbody></table>'
+    names = ("Preset", "Needs", '<span class="unseen">State</span>')
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return f'<table class="presets"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
 def _row(info: PresetInfo, status: Status) -> str:
@@ -116,8 +115,8 @@ class _Handlers:
         finally:
             # the load itself goes on when its page is closed; its outcome is then nobody's to read here
             work.add_done_callback(lambda task: task.cancelled() or task.exception())
-        words = sentence(error) if isinstance(error, Exception) else None
+        why = sentence(error) if isinstance(error, Exception) else None
         after = await asyncio.to_thread(service.status)
-        if words and after.state == "ready":
-            words = f"{words} {after.title or after.preset} goes on answering."
-        yield await current_table(self._context), "", pieces.notice(words), pieces.chip(after)
+        if why and after.state == "ready":
+            why = f"{why} {after.title or after.preset} goes on answering."
+        yield await current_table(self._context), "", pieces.notice(why), pieces.chip(after)

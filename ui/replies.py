@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import cast
 
 from backend.errors import UserError
+from backend.events import Chunk
 from backend.generation import Generation
 from ui import wording
 from ui.door import Service
@@ -34,7 +36,7 @@ class Moment:
     words: str
 
 
-async def follow(service: Service, run: Run, ask: Callable[[], Generation]) -> AsyncIterator[Moment]:
+async def follow(service: Service, run: Run, ask: Callable[[], Generation]) -> AsyncGenerator[Moment, None]:
     """Wait for a model, ask it, and pass on what it says. How it ended is in `run.reason` and `run.error`."""
     shown = 0
     try:
@@ -45,7 +47,8 @@ async def follow(service: Service, run: Run, ask: Callable[[], Generation]) -> A
             run.reason = "cancelled"
             return
         generation = await asyncio.to_thread(_start, run, ask)
-        async with aclosing(generation.chunks(pause=PAUSE, keep_alive=KEEP_ALIVE)) as chunks:
+        stream = cast(AsyncGenerator[Chunk, None], generation.chunks(pause=PAUSE, keep_alive=KEEP_ALIVE))
+        async with aclosing(stream) as chunks:
             async for chunk in chunks:
                 run.stats = chunk.stats
                 shown += len(chunk.text)
@@ -73,7 +76,7 @@ def sentence(error: Exception) -> str:
 
 
 def _start(run: Run, ask: Callable[[], Generation]) -> Generation:
-    """In a worker thread. If the person went away meanwhile, either we see `stopped` or `stop()` sees the generation."""
+    """In a worker thread. Whoever comes second, a `stop()` or the generation, sees the other."""
     generation = ask()
     run.generation = generation
     if run.stopped:
@@ -81,7 +84,7 @@ def _start(run: Run, ask: Callable[[], Generation]) -> Generation:
     return generation
 
 
-async def _wait_until_ready(service: Service, run: Run) -> AsyncIterator[str]:
+async def _wait_until_ready(service: Service, run: Run) -> AsyncGenerator[str, None]:
     """While a preset is being loaded, what is going on; ends when there is something to ask, or to be told no by."""
     while not run.stopped:
         status = await asyncio.to_thread(service.status)

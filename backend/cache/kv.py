@@ -43,9 +43,10 @@ class KVPool:
             self.values[layer, :, start : start + length] = values[at : at + length].transpose(0, 1)
             at += length
 
-    def read(self, layer: int, slots: SequenceSlots) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of the sequence, (n_kv_heads, tokens, head_dim): views when the blocks are in one run."""
-        return _gather(self.keys[layer], slots.all), _gather(self.values[layer], slots.all)
+    def read(self, layer: int, slots: SequenceSlots) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """All keys and values of the sequence, one pair of views (n_kv_heads, tokens, head_dim) for each run."""
+        keys, values = self.keys[layer], self.values[layer]
+        return [(keys[:, at : at + length], values[:, at : at + length]) for at, length in slots.all]
 
 
 class SequenceSlots:
@@ -67,10 +68,3 @@ def _runs(blocks: Sequence[int], size: int, start: int, end: int) -> list[tuple[
             runs.append((slot, length))
         at += length
     return runs
-
-
-def _gather(pool: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
-    if len(runs) == 1:
-        start, length = runs[0]
-        return pool[:, start : start + length]
-    return torch.cat([pool[:, start : start + length] for start, length in runs], dim=1)

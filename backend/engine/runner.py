@@ -55,8 +55,7 @@ class Runner:
             for span in spans:
                 part = slice(span.start, span.start + span.length)
                 pool.store(layer, span.slots, key[part], value[part])
-                keys, values = pool.read(layer, span.slots)
-                mixed.append(attention(query[part], keys, values))
+                mixed.append(attention(query[part], pool.read(layer, span.slots)))
             return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
         return attend

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -16,14 +15,14 @@ LONG = " ".join(f"word{i}" for i in range(4000))
 
 
 @pytest.fixture
-def text(page: Page) -> Iterator[Page]:
+def text(page: Page) -> Page:
     """The Completion tab with an empty text."""
     tab(page, "Completion")
     page.locator("#completion-text textarea").fill("")
-    yield page
+    return page
 
 
-def area(page: Page):  # noqa: ANN201
+def area(page: Page):
     return page.locator("#completion-text textarea")
 
 
@@ -63,12 +62,12 @@ def test_completion_error_keeps_the_text(text: Page, site: Site) -> None:
 
 
 @pytest.fixture
-def knobs(page: Page) -> Iterator[Page]:
+def knobs(page: Page) -> Page:
     """The Parameters tab with everything at its default."""
     tab(page, "Parameters")
     page.locator("#defaults").click()
     expect(page.locator("#marks")).to_contain_text("Everything is at its default")
-    yield page
+    return page
 
 
 def test_every_knob_is_there_and_reaches_the_model(knobs: Page, site: Site) -> None:

@@ -1,0 +1,460 @@
+"""The GGUF reader: equal to what the `gguf` package wrote, and one clear sentence for everything that is not right.
+
+The malformed files follow the named cases of llama.cpp's tests/test-gguf.cpp.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGUFValueType as Type
+
+from backend.checkpoint.base import Checkpoint
+from backend.checkpoint.open import open_checkpoint
+from backend.errors import CheckpointError
+from backend.placement.load import load_model
+from backend.text.templates import ChatTemplate
+from backend.tokenizer.open import open_tokenizer
+from backend.weights.blocks import FORMATS
+from tests.tiny import TinyModel, add_key, add_tensor, finish, tokens, write_tiny
+
+Write = Callable[..., Path]
+
+# files as they should be ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fmt", [fmt.name for fmt in FORMATS])
+def test_tensors_are_read_as_the_writers_own_reader_reads_them(tiny_path: Write, fmt: str, tied: bool) -> None:
+    path = tiny_path(weights=fmt, tied=tied, rope_freqs=tied)
+    checkpoint, reader = open_checkpoint(path), gguf.GGUFReader(path)
+    names = {"token_embd.weight": "tok_embeddings", "blk.1.ffn_down.weight": "layers.1.w2"}
+    assert len(checkpoint.tensors) == len(reader.tensors)
+    theirs = {tensor.name: tensor for tensor in reader.tensors}
+    for info in checkpoint.tensors.values():
+        other = theirs[info.name]
+        assert info.shape == tuple(int(size) for size in reversed(other.shape))
+        assert info.format.name == other.tensor_type.name
+        assert (info.offset, info.nbytes) == (other.data_offset, other.n_bytes)
+    for theirs_name, ours_name in names.items():
+        raw = checkpoint.raw(ours_name).numpy()
+        assert raw.tobytes() == theirs[theirs_name].data.tobytes()
+        assert raw.shape[0] == checkpoint.tensors[ours_name].shape[0]
+    assert checkpoint.config.tied_output == tied
+    assert ("output" in checkpoint.tensors) == (not tied)
+    assert ("rope_freqs" in checkpoint.tensors) == tied
+    assert checkpoint.format == "GGUF v3"
+
+
+def test_every_tensor_gets_its_canonical_name(tiny_path: Write) -> None:
+    model = TinyModel(tied=False)
+    checkpoint = open_checkpoint(tiny_path(tied=False))
+    for name, values in model.values().items():
+        canonical = [key for key, info in checkpoint.tensors.items() if info.name == name]
+        assert len(canonical) == 1
+        read = checkpoint.raw(canonical[0]).numpy().view(np.float32).reshape(values.shape)
+        assert np.array_equal(read, values)
+    by_file_name = {info.name: key for key, info in checkpoint.tensors.items()}
+    assert by_file_name["blk.0.ffn_gate.weight"] == "layers.0.w1"
+    assert by_file_name["blk.0.ffn_up.weight"] == "layers.0.w3"
+    assert by_file_name["blk.1.attn_output.weight"] == "layers.1.wo"
+
+
+def test_the_configuration(tiny_path: Write) -> None:
+    config = open_checkpoint(tiny_path(rope_theta=50000.0, norm_eps=1e-6)).config
+    assert (config.architecture, config.name) == ("llama", "tiny")
+    assert (config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim) == (64, 2, 4, 2, 16)
+    assert (config.ffn_dim, config.vocab_size, config.context) == (96, len(tokens()), 256)
+    assert config.norm_eps == pytest.approx(1e-6)
+    assert (config.rope_theta, config.rope_linear_scale) == (50000.0, 1.0)
+    assert config.rope_interleaved
+
+
+def test_what_may_be_left_out(tiny_path: Write) -> None:
+    left_out = [
+        "llama.attention.head_count_kv", "llama.attention.key_length", "llama.attention.value_length",
+        "llama.rope.dimension_count", "llama.rope.freq_base", "general.name", "tokenizer.chat_template",
+    ]  # fmt: skip
+    path = tiny_path(n_kv_heads=4, metadata=dict.fromkeys(left_out))
+    config = open_checkpoint(path).config
+    assert (config.n_kv_heads, config.head_dim, config.rope_theta, config.name) == (4, 16, 10000.0, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("keys", "scale"),
+    [
+        ({"llama.rope.scale_linear": 4.0}, 4.0),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 8.0}, 8.0),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 8.0}, 1.0),
+        ({"llama.embedding_length": (64, Type.UINT64), "llama.block_count": (2, Type.INT32)}, 1.0),
+        ({"llama.rope.freq_base": (10000.0, Type.FLOAT64)}, 1.0),
+    ],
+)
+def test_other_spellings_of_numbers(tiny_path: Write, keys: dict[str, Any], scale: float) -> None:
+    config = open_checkpoint(tiny_path(metadata=keys)).config
+    assert (config.rope_linear_scale, config.dim, config.n_layers) == (scale, 64, 2)
+
+
+VALUES: dict[str, tuple[Any, ...]] = {
+    "u8": (255, Type.UINT8), "i8": (-128, Type.INT8), "u16": (65535, Type.UINT16), "i16": (-32768, Type.INT16),
+    "u32": (2**32 - 1, Type.UINT32), "i32": (-(2**31), Type.INT32), "u64": (2**64 - 1, Type.UINT64),
+    "i64": (-(2**63), Type.INT64), "f32": (1.5, Type.FLOAT32), "f64": (0.1, Type.FLOAT64), "yes": (True, Type.BOOL),
+    "no": (False, Type.BOOL), "text": ("höllo\n🙂", Type.STRING), "empty": ("", Type.STRING),
+    "a.u8": ([0, 255], Type.ARRAY, Type.UINT8), "a.i8": ([-1, 5], Type.ARRAY, Type.INT8),
+    "a.u16": ([1, 65535], Type.ARRAY, Type.UINT16), "a.i16": ([-9], Type.ARRAY, Type.INT16),
+    "a.u32": ([7] * 100, Type.ARRAY, Type.UINT32), "a.i32": ([-7, 0], Type.ARRAY, Type.INT32),
+    "a.u64": ([2**63], Type.ARRAY, Type.UINT64), "a.i64": ([-(2**63)], Type.ARRAY, Type.INT64),
+    "a.f32": ([0.25, -1.0], Type.ARRAY, Type.FLOAT32), "a.f64": ([0.1, 1e300], Type.ARRAY, Type.FLOAT64),
+    "a.bool": ([True, False, True], Type.ARRAY, Type.BOOL), "a.text": (["", "ä", "bc"], Type.ARRAY, Type.STRING),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_metadata_of_every_type(tiny_path: Write, version: int) -> None:
+    path = tiny_path(metadata={f"test.{name}": value for name, value in VALUES.items()})
+    data = bytearray(path.read_bytes())
+    data[4:8] = struct.pack("<I", version)  # 2 and 3 have one layout
+    path.write_bytes(data)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.format == f"GGUF v{version}"
+    for name, value in VALUES.items():
+        read = checkpoint.metadata[f"test.{name}"]
+        assert read == value[0]
+        assert type(read) is type(value[0])
+
+
+@pytest.mark.parametrize("alignment", [8, 32, 64, 4096])
+def test_alignment(tmp_path: Path, alignment: int) -> None:
+    model, path = TinyModel(), tmp_path / "aligned.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_custom_alignment(alignment)
+    for key, value in model.keys().items():
+        add_key(writer, key, value)
+    for name, values in model.values().items():
+        add_tensor(writer, name, values, "F32")
+    checkpoint = open_checkpoint(finish(writer))
+    values = model.values()
+    for key, info in checkpoint.tensors.items():
+        assert checkpoint.raw(key).numpy().tobytes() == values[info.name].tobytes()
+    offsets = {tensor.name: tensor.data_offset for tensor in gguf.GGUFReader(path).tensors}
+    assert {info.name: info.offset for info in checkpoint.tensors.values()} == offsets
+
+
+# a small writer of wrong files ------------------------------------------------------------------------------------
+
+
+def text(value: str | bytes) -> bytes:
+    data = value if isinstance(value, bytes) else value.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def key(name: str | bytes, kind: int, value: bytes) -> bytes:
+    return text(name) + struct.pack("<I", kind) + value
+
+
+def tensor(name: str, dims: list[int], kind: int = 0, offset: int = 0, n_dims: int | None = None) -> bytes:
+    count = len(dims) if n_dims is None else n_dims
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", count, *dims, kind, offset)
+
+
+U32, STRING, ARRAY = 4, 8, 9
+ARCHITECTURE = key("general.architecture", STRING, text("llama"))
+
+
+def file(
+    keys: list[bytes] = (),  # type: ignore[assignment]
+    tensors: list[bytes] = (),  # type: ignore[assignment]
+    *,
+    data: int = 0,
+    magic: bytes = b"GGUF",
+    version: int = 3,
+    n_tensors: int | None = None,
+    n_keys: int | None = None,
+    alignment: int = 32,
+) -> bytes:
+    counts = (len(tensors) if n_tensors is None else n_tensors, len(keys) if n_keys is None else n_keys)
+    header = magic + struct.pack("<IQQ", version, *counts) + b"".join(keys) + b"".join(tensors)
+    return header + bytes(-len(header) % alignment) + bytes(data)
+
+
+def array(name: str, kind: int, length: int, data: bytes = b"") -> bytes:
+    return key(name, ARRAY, struct.pack("<IQ", kind, length) + data)
+
+
+def u32(name: str, value: int) -> bytes:
+    return key(name, U32, struct.pack("<I", value))
+
+
+HUGE = 2**64 - 1
+# what is wrong -> (the file, a word of the error that names the part)
+MALFORMED: dict[str, tuple[bytes, str]] = {
+    # header
+    "bad magic": (file(magic=b"FUGG"), "FUGG"),
+    "big-endian magic": (file(magic=b"FUUG"), "FUUG"),
+    "version 0": (file(version=0), "version 0"),
+    "version 1": (file(version=1), "version 1"),
+    "version of the future": (file(version=4), "version 4"),
+    "version huge": (file(version=2**32 - 1), "version 4294967295"),
+    "big-endian 2": (file(version=0x02000000), "big-endian"),
+    "big-endian 3": (file(version=0x03000000), "big-endian"),
+    "empty": (b"", "starts with"),
+    "only the magic": (b"GGUF", "too few"),
+    "number of tensors huge": (file(n_tensors=HUGE), "number of tensors"),
+    "number of tensors signed": (file(n_tensors=2**63), "number of tensors"),
+    "number of tensors too large for the file": (file(n_tensors=100, alignment=1), "name of tensor 0"),
+    "number of keys huge": (file(n_keys=HUGE), "number of keys"),
+    "number of keys too large for the file": (file([ARCHITECTURE], n_keys=50, alignment=1), "key 1"),
+    # keys
+    "key of the wrong type": (file([key("a.key", 13, b"\0" * 8)]), "a.key"),
+    "key type huge": (file([key("a.key", 2**32 - 1, b"\0" * 8)]), "a.key"),
+    "array of the wrong type": (file([array("a.key", 13, 1, b"\0" * 8)]), "a.key"),
+    "array of arrays": (file([array("a.key", ARRAY, 1, struct.pack("<IQ", 0, 0))]), "a.key"),
+    "array length huge": (file([array("a.key", 0, HUGE)]), "a.key"),
+    "array length wraps": (file([array("a.key", 10, 2**61)]), "a.key"),
+    "array length beyond the file": (file([array("a.key", U32, 1000)]), "a.key"),
+    "array of texts beyond the file": (file([array("a.key", STRING, 1000)]), "a.key"),
+    "a text in an array beyond the file": (file([array("a.key", STRING, 1, struct.pack("<Q", 500))]), "a.key"),
+    "text length huge": (file([key("a.key", STRING, struct.pack("<Q", HUGE))]), "a.key"),
+    "text beyond the file": (file([key("a.key", STRING, struct.pack("<Q", 4000))]), "a.key"),
+    "text that is no UTF-8": (file([key("a.key", STRING, text(b"\xff\xfe"))]), "a.key"),
+    "key length huge": (file([struct.pack("<Q", HUGE)], n_keys=1), "key 0"),
+    "key that is no UTF-8": (file([key(b"\xff", U32, b"\0" * 4)]), "key 0"),
+    "duplicate key": (file([u32("a.key", 1), u32("a.key", 1)]), "'a.key' appears twice"),
+    # alignment
+    "alignment 0": (file([u32("general.alignment", 0)]), "general.alignment"),
+    "alignment 1": (file([u32("general.alignment", 1)]), "general.alignment"),
+    "alignment no power of two": (file([u32("general.alignment", 24)]), "general.alignment"),
+    "alignment huge": (file([u32("general.alignment", 2**31)]), "general.alignment"),
+    "alignment a text": (file([key("general.alignment", STRING, text("32"))]), "general.alignment"),
+    "alignment an array": (file([array("general.alignment", U32, 1, b"\x20\0\0\0")]), "general.alignment"),
+    "alignment a bool": (file([key("general.alignment", 7, b"\1")]), "general.alignment"),
+    # tensors
+    "no dimensions": (file([], [tensor("t", [])], data=64), "'t' has 0 dimensions"),
+    "five dimensions": (file([], [tensor("t", [1] * 5)], data=64), "'t' has 5 dimensions"),
+    "dimensions huge": (file([], [tensor("t", [1], n_dims=2**32 - 1)], data=64), "'t' has 4294967295 dimensions"),
+    "dimension 0": (file([], [tensor("t", [32, 0])], data=64), "'t' has shape"),
+    "all dimensions 0": (file([], [tensor("t", [0, 0, 0, 0])], data=64), "'t' has shape"),
+    "dimension huge": (file([], [tensor("t", [HUGE])], data=64), "'t' claims"),
+    "product of dimensions wraps to 0": (file([], [tensor("t", [2**32, 2**32])], data=64), "'t' claims"),
+    "product of dimensions wraps to little": (file([], [tensor("t", [2**33 + 1, 2**31])], data=64), "'t' claims"),
+    "bytes wrap": (file([], [tensor("t", [2**62])], data=64), "'t' claims"),
+    "bytes wrap with padding": (file([], [tensor("t", [2**60 - 8, 4], 1)], data=64), "'t' claims"),
+    "larger than the file": (file([], [tensor("t", [17])], data=64), "'t' needs bytes"),
+    "name huge": (file([], [struct.pack("<Q", HUGE)], data=64, n_tensors=1), "tensor 0"),
+    "name longer than allowed": (file([], [text("x" * 70000)], n_tensors=1), "tensor 0"),
+    "type unknown": (file([], [tensor("t", [32], 77)], data=640), "'t' is stored as id 77"),
+    "type huge": (file([], [tensor("t", [32], 2**32 - 1)], data=640), "'t' is stored as id"),
+    "type removed from ggml": (file([], [tensor("t", [32], 4)], data=640), "'t' is stored as id 4"),
+    "type not opened yet": (file([], [tensor("t", [256], 12)], data=640), "'t' is stored as Q4_K"),
+    "row no multiple of the block": (file([], [tensor("t", [33], 2)], data=640), "'t': a row of 33"),
+    "row shorter than the block": (file([], [tensor("t", [16, 2], 8)], data=640), "'t': a row of 16"),
+    "duplicate tensor": (file([], [tensor("t", [1]), tensor("t", [1], offset=32)], data=64), "'t' appears twice"),
+    "offset not aligned": (file([], [tensor("t", [1], offset=4)], data=64), "'t' starts at 4"),
+    "offset aligned to less": (
+        file([u32("general.alignment", 64)], [tensor("t", [1], offset=32)], data=64, alignment=64), "'t' starts at 32"
+    ),
+    "offset past the end": (file([], [tensor("t", [1], offset=64)], data=64), "'t' needs bytes"),
+    "offset huge": (file([], [tensor("t", [1], offset=2**64 - 32)], data=64), "'t' needs bytes"),
+    "last byte missing": (file([], [tensor("t", [16])], data=64)[:-1], "'t' needs bytes"),
+    "overlap": (file([], [tensor("t", [16]), tensor("u", [8], offset=32)], data=64), "'t' and 'u' overlap"),
+    "one inside the other": (file([], [tensor("u", [1], offset=32), tensor("t", [16])], data=64), "'t' and 'u' overlap"),
+    "the same place": (file([], [tensor("t", [8]), tensor("u", [8])], data=64), "overlap"),
+    # what it is
+    "no keys": (file(), "architecture None"),
+    "architecture unknown": (file([key("general.architecture", STRING, text("gpt2"))]), "architecture 'gpt2'"),
+    "architecture a number": (file([u32("general.architecture", 7)]), "architecture 7"),
+    "nothing but the architecture": (file([ARCHITECTURE]), "llama.embedding_length"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "part"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed(tmp_path: Path, data: bytes, part: str) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert str(path) in caught.value.message
+    assert part in caught.value.message
+    assert len(caught.value.message) < 1000
+
+
+def test_the_writer_of_wrong_files_can_write_right_ones(tiny_path: Write) -> None:
+    # Otherwise the cases above might fail for a reason of their own.
+    good = file([u32("a", 1), array("b", STRING, 1, text("x"))], [tensor("t", [16]), tensor("u", [1], offset=64)], data=96)
+    path = tiny_path()
+    path.write_bytes(good)
+    with pytest.raises(CheckpointError, match="architecture None"):  # reached only after all tables are read
+        open_checkpoint(path)
+
+
+# models that do not hold together ---------------------------------------------------------------------------------
+
+WRONG_KEYS: dict[str, dict[str, Any]] = {
+    "llama.embedding_length": {"missing": None, "text": "64", "float": 64.0, "zero": 0, "list": [64], "other": 32},
+    "llama.block_count": {"missing": None, "zero": 0, "huge": 2**32 - 1, "bool": True, "more": 3, "fewer": 1},
+    "llama.attention.head_count": {"missing": None, "zero": 0, "three": 3, "other": 8, "float": 4.0},
+    "llama.attention.head_count_kv": {"zero": 0, "more than heads": 8, "three": 3, "other": 4, "list": [2, 2]},
+    "llama.attention.key_length": {"odd": 17, "zero": 0, "other": 32},
+    "llama.attention.value_length": {"other": 32, "text": "16"},
+    "llama.rope.dimension_count": {"half": 8, "zero": 0},
+    "llama.feed_forward_length": {"missing": None, "other": 64, "list": [96, 96]},
+    "llama.context_length": {"missing": None, "zero": 0, "huge": (2**63, Type.UINT64)},
+    "llama.attention.layer_norm_rms_epsilon": {"missing": None, "nan": float("nan"), "negative": -1.0, "text": "x"},
+    "llama.rope.freq_base": {"nan": float("nan"), "inf": float("inf"), "zero": 0.0, "negative": -1.0, "text": "1e4"},
+    "llama.rope.scaling.type": {"yarn": "yarn", "number": 7},
+    "llama.rope.scale_linear": {"zero": 0.0, "nan": float("nan")},
+    "llama.expert_count": {"eight": 8},
+}
+CASES = [(name, what, value) for name, values in WRONG_KEYS.items() for what, value in values.items()]
+
+
+@pytest.mark.parametrize(("name", "value"), [case[::2] for case in CASES], ids=[" ".join(case[:2]) for case in CASES])
+def test_keys_that_do_not_fit(tiny_path: Write, name: str, value: Any) -> None:
+    path = tiny_path(metadata={name: value})
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert str(path) in caught.value.message
+    if value is None:
+        assert f"'{name}' is missing" in caught.value.message
+
+
+def with_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    model = TinyModel(tied=False, rope_freqs=True)
+    values = model.values()
+    change(values)
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in model.keys().items():
+        add_key(writer, name, value)
+    for name, array_ in values.items():
+        add_tensor(writer, name, array_, "F32")
+    return finish(writer)
+
+
+MISSING = {
+    "token_embd.weight": "token_embd.weight", "output_norm.weight": "norm", "blk.1.attn_norm.weight": "attention_norm",
+    "blk.1.attn_q.weight": "layers.1.wq", "blk.1.attn_k.weight": "layers.1.wk", "blk.1.attn_v.weight": "layers.1.wv",
+    "blk.1.attn_output.weight": "layers.1.wo", "blk.1.ffn_norm.weight": "layers.1.ffn_norm",
+    "blk.1.ffn_gate.weight": "layers.1.w1", "blk.1.ffn_up.weight": "layers.1.w3", "blk.1.ffn_down.weight": "layers.1.w2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "part"), MISSING.items())
+def test_a_missing_tensor_is_named(tmp_path: Path, name: str, part: str) -> None:
+    path = with_tensors(tmp_path / "tiny.gguf", lambda values: values.__delitem__(name))
+    with pytest.raises(CheckpointError, match="is missing") as caught:
+        open_checkpoint(path)
+    assert str(path) in caught.value.message
+    assert part in caught.value.message
+
+
+@pytest.mark.parametrize("name", [n for n in TinyModel(tied=False, rope_freqs=True).shapes() if "blk.0" not in n])
+def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path, name: str) -> None:
+    def longer(values: dict[str, np.ndarray]) -> None:
+        shape = list(values[name].shape)
+        shape[-1] += 32
+        values[name] = np.zeros(shape, np.float32)
+
+    def transposed(values: dict[str, np.ndarray]) -> None:
+        values[name] = np.zeros((*values[name].shape, 1), np.float32)
+
+    for change in (longer, transposed):
+        path = with_tensors(tmp_path / f"{change.__name__}.gguf", change)
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(path)
+        assert name in caught.value.message
+
+
+UNKNOWN = [
+    "blk.0.attn_q.bias", "blk.2.attn_q.weight", "blk.00.attn_q.weight", "blk.².attn_q.weight", "blk.-1.attn_q.weight",
+    "blk..attn_q.weight", "blk.0.attn_q", "blk.+1.attn_q.weight", "blk.0.ffn_gate_inp.weight", "token_embd.weight2",
+    "blk." + "9" * 5000 + ".attn_q.weight", "blk.٠.attn_q.weight", "rope_freqs", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN, ids=lambda name: repr(name)[:30])
+def test_an_unknown_tensor_would_change_the_answer(tmp_path: Path, name: str) -> None:
+    path = with_tensors(tmp_path / "tiny.gguf", lambda values: values.update({name: np.zeros(32, np.float32)}))
+    with pytest.raises(CheckpointError, match="not part of the LLaMA architecture"):
+        open_checkpoint(path)
+
+
+def test_other_files(tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"PK\3\4 a zip")
+    for path, words in [(other, "no model file known"), (tmp_path, "folder"), (tmp_path / "absent", "no such file")]:
+        with pytest.raises(CheckpointError, match=words) as caught:
+            open_checkpoint(path)
+        assert str(path) in caught.value.message
+
+
+def test_the_name_of_a_file_decides_nothing(tmp_path: Path) -> None:
+    assert open_checkpoint(write_tiny(tmp_path / "model.safetensors")).config.dim == 64
+
+
+# every cut, many flips --------------------------------------------------------------------------------------------
+
+
+def everything(path: Path) -> Checkpoint:
+    """All that is read of a file before it answers."""
+    checkpoint = open_checkpoint(path)
+    open_tokenizer(path, checkpoint.metadata, checkpoint.config.vocab_size)
+    source = checkpoint.metadata.get("tokenizer.chat_template")
+    if isinstance(source, str):
+        ChatTemplate(source, {})
+    load_model(checkpoint, "original", "tiny")
+    return checkpoint
+
+
+def test_cut_at_every_byte_of_the_header(tiny_path: Write) -> None:
+    path = tiny_path(weights="Q4_0", n_layers=1)
+    data_start = min(info.offset for info in everything(path).tensors.values())
+    assert data_start > 3000
+    for size in range(data_start - 1, -1, -1):
+        with path.open("r+b") as handle:
+            handle.truncate(size)
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(path)
+        assert str(path) in caught.value.message
+
+
+def test_cut_in_the_data_names_the_tensor_and_the_bytes(tiny_path: Write) -> None:
+    path = tiny_path(weights="Q8_0")
+    infos = sorted(open_checkpoint(path).tensors.values(), key=lambda info: info.offset)
+    for info in reversed(infos):
+        end = info.offset + info.nbytes
+        for size in (end - 1, info.offset):
+            with path.open("r+b") as handle:
+                handle.truncate(size)
+            with pytest.raises(CheckpointError) as caught:
+                open_checkpoint(path)
+            assert f"'{info.name}'" in caught.value.message
+            assert f"{info.offset} to {end}" in caught.value.message
+            assert f"has {size}" in caught.value.message
+
+
+def test_flipped_bytes_end_in_words_or_not_at_all(tiny_path: Write) -> None:
+    path = tiny_path(weights="Q4_1", n_layers=1, rope_freqs=True)
+    good = path.read_bytes()
+    header = min(info.offset for info in everything(path).tensors.values())
+    tables = good.index(b"token_embd.weight")
+    chance = random.Random(1)
+    refused = 0
+    for number in range(900):
+        data = bytearray(good)
+        for _ in range(chance.choice([1, 1, 2, 8])):
+            at = chance.randrange(*chance.choice([(0, 1200), (0, header), (tables, header)]))
+            data[at] = chance.choice([0, 1, 127, 128, 255, chance.randrange(256), data[at] ^ 1 << chance.randrange(8)])
+        path.write_bytes(data)
+        try:
+            everything(path) if number % 3 == 0 else open_checkpoint(path)
+        except CheckpointError as error:
+            refused += 1
+            assert str(path) in error.message or "chat template" in error.message
+    assert 200 < refused < 870, "both kinds of mutation are wanted"
