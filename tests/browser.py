@@ -41,9 +41,9 @@ def install() -> int:
         return 0
     print("No Chromium found; installing one for the browser tests ...", flush=True)
     if shutil.which("apt-get") and getattr(os, "geteuid", lambda: 1)() == 0:
-        quiet = {"env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, "check": False}
-        subprocess.run(["apt-get", "update", "-qq"], **quiet)
-        subprocess.run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", "chromium"], **quiet)
+        quietly = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for words in ("update", "install -y --no-install-recommends chromium"):
+            subprocess.run(["apt-get", "-qq", *words.split()], env=quietly, check=False)
     if not find_browser():
         subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=False)
     if find_browser():

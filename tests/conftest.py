@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gguf import GGUFReader
 
 from backend.models import ModelFolder
 from backend.settings import PROJECT, Settings
@@ -16,6 +17,12 @@ from tests.tiny import TinyModel, write_tiny
 def starter_path() -> Path:
     """The starter model's file."""
     return ModelFolder(Settings().models_dir).resolve("starter", PROJECT)
+
+
+@pytest.fixture(scope="session")
+def starter_reader(starter_path: Path) -> GGUFReader:
+    """The starter model as the `gguf` package reads it: an independent source, and slow to open."""
+    return GGUFReader(starter_path)
 
 
 @pytest.fixture

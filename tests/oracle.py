@@ -6,6 +6,7 @@ Nothing of ours is used here: not our reader, decoder, rope or attention.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ def reference_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForC
     """transformers' model with the file's weights, dequantized in float32 and then cast to `dtype`."""
     reader = GGUFReader(path)
 
-    def key(name: str) -> object:
+    def key(name: str) -> Any:
         return reader.fields[f"llama.{name}"].contents()
 
     heads, kv_heads = key("attention.head_count"), key("attention.head_count_kv")

@@ -1,4 +1,4 @@
-"""Storage formats: decoding against the `gguf` package to the bit, packed products against float64, sizes to the byte."""
+"""Storage formats: decoding against the `gguf` package, packed products against float64, sizes to the byte."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_decoding_gives_a_copy() -> None:
 
 
 def parameters(raw: torch.Tensor, fmt: BlockFormat) -> tuple[np.ndarray, np.ndarray]:
-    """|scale| and |zero| of each value's block as the packed kernel keeps them, float64 (rows, columns); read by numpy."""
+    """|scale| and |zero| of each value's block as the packed kernel keeps them, float64 (rows, columns)."""
     blocks = raw.numpy().reshape(raw.shape[0], -1, fmt.bytes)
     scale = blocks[..., 0:2].copy().view(np.float16)[..., 0].astype(np.float64)
     zero = np.zeros_like(scale)
@@ -160,7 +160,9 @@ def test_packed_products(fmt: BlockFormat, tokens: int, columns: int) -> None:
     check_against(found, x.double(), torch.from_numpy(reference_dequantize(raw.numpy(), kind(fmt))).double(), raw, fmt)
 
 
-def check_against(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat) -> None:
+def check_against(
+    found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat
+) -> None:
     """Each factor is off by at most a bfloat16 rounding, and so is each plane's sum: bounded by what is added up."""
     exact = x @ weight.T
     scale, zero = (torch.from_numpy(part) for part in parameters(raw, fmt))
@@ -253,9 +255,13 @@ def test_embedding(fmt: BlockFormat) -> None:
 
 # sizes ------------------------------------------------------------------------------------------------------------
 
-MODELS: dict[str, dict[str, object]] = {fmt.name: {"weights": fmt.name} for fmt in FORMATS} | {
+MODELS: dict[str, dict[str, object]] = {
+    **{fmt.name: {"weights": fmt.name} for fmt in FORMATS},
     "rope factors": {"weights": "Q4_0", "rope_freqs": True},
-    "mixed in one product": {"weights": "Q4_0", "formats": {"blk.0.attn_v.weight": "Q8_0", "blk.1.ffn_up.weight": "F16"}},
+    "mixed in one product": {
+        "weights": "Q4_0",
+        "formats": {"blk.0.attn_v.weight": "Q8_0", "blk.1.ffn_up.weight": "F16"},
+    },
     "some rows do not fit the kernel": {"weights": "Q4_0", "n_heads": 5, "n_kv_heads": 1, "head_dim": 8, "dim": 96},
     "norms in f16": {"weights": "Q8_0", "formats": {"blk.0.attn_norm.weight": "F16", "output_norm.weight": "F16"}},
     "the starter's mix": {"weights": "Q4_1", "formats": {"token_embd.weight": "Q8_0"}},

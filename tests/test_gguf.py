@@ -137,10 +137,10 @@ def test_alignment(tmp_path: Path, alignment: int) -> None:
     writer.add_custom_alignment(alignment)
     for key, value in model.keys().items():
         add_key(writer, key, value)
-    for name, values in model.values().items():
-        add_tensor(writer, name, values, "F32")
-    checkpoint = open_checkpoint(finish(writer))
     values = model.values()
+    for name, array_ in values.items():
+        add_tensor(writer, name, array_, "F32")
+    checkpoint = open_checkpoint(finish(writer))
     for key, info in checkpoint.tensors.items():
         assert checkpoint.raw(key).numpy().tobytes() == values[info.name].tobytes()
     offsets = {tensor.name: tensor.data_offset for tensor in gguf.GGUFReader(path).tensors}
@@ -264,7 +264,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "offset huge": (file([], [tensor("t", [1], offset=2**64 - 32)], data=64), "'t' needs bytes"),
     "last byte missing": (file([], [tensor("t", [16])], data=64)[:-1], "'t' needs bytes"),
     "overlap": (file([], [tensor("t", [16]), tensor("u", [8], offset=32)], data=64), "'t' and 'u' overlap"),
-    "one inside the other": (file([], [tensor("u", [1], offset=32), tensor("t", [16])], data=64), "'t' and 'u' overlap"),
+    "one in the other": (file([], [tensor("u", [1], offset=32), tensor("t", [16])], data=64), "'t' and 'u' overlap"),
     "the same place": (file([], [tensor("t", [8]), tensor("u", [8])], data=64), "overlap"),
     # what it is
     "no keys": (file(), "architecture None"),
@@ -287,7 +287,9 @@ def test_malformed(tmp_path: Path, data: bytes, part: str) -> None:
 
 def test_the_writer_of_wrong_files_can_write_right_ones(tiny_path: Write) -> None:
     # Otherwise the cases above might fail for a reason of their own.
-    good = file([u32("a", 1), array("b", STRING, 1, text("x"))], [tensor("t", [16]), tensor("u", [1], offset=64)], data=96)
+    good = file(
+        [u32("a", 1), array("b", STRING, 1, text("x"))], [tensor("t", [16]), tensor("u", [1], offset=64)], data=96
+    )
     path = tiny_path()
     path.write_bytes(good)
     with pytest.raises(CheckpointError, match="architecture None"):  # reached only after all tables are read
@@ -341,7 +343,8 @@ MISSING = {
     "token_embd.weight": "token_embd.weight", "output_norm.weight": "norm", "blk.1.attn_norm.weight": "attention_norm",
     "blk.1.attn_q.weight": "layers.1.wq", "blk.1.attn_k.weight": "layers.1.wk", "blk.1.attn_v.weight": "layers.1.wv",
     "blk.1.attn_output.weight": "layers.1.wo", "blk.1.ffn_norm.weight": "layers.1.ffn_norm",
-    "blk.1.ffn_gate.weight": "layers.1.w1", "blk.1.ffn_up.weight": "layers.1.w3", "blk.1.ffn_down.weight": "layers.1.w2",
+    "blk.1.ffn_gate.weight": "layers.1.w1", "blk.1.ffn_up.weight": "layers.1.w3",
+    "blk.1.ffn_down.weight": "layers.1.w2",
 }  # fmt: skip
 
 

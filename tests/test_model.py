@@ -17,8 +17,8 @@ def cut(tensor: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
     return [piece.clone() for piece in tensor.split(lengths, dim=1)]
 
 
-@pytest.mark.parametrize("lengths", [[40], [16, 24], [1, 7, 32]])
-@pytest.mark.parametrize("new", [1, 2, 13])
+@pytest.mark.parametrize("lengths", [[40], [16, 24], [1, 7, 32], [30, 7, 3]])
+@pytest.mark.parametrize("new", [1, 2, 13, 40])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (9, 3), (8, 1)])
 def test_attention_equals_the_formula(heads, kv_heads, new, lengths):
     torch.manual_seed(heads + new + len(lengths))

@@ -237,9 +237,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(("body", "words"), FAILURES.values(), ids=FAILURES.keys())
-def test_pip_failures_are_one_sentence(
-    fake_pip: Callable[[str], None], tmp_path: Path, body: str, words: str
-) -> None:
+def test_pip_failures_are_one_sentence(fake_pip: Callable[[str], None], tmp_path: Path, body: str, words: str) -> None:
     fake_pip(body)
     with pytest.raises(DownloadError) as caught:
         pip_download("tiny==1.0", tmp_path, lambda _: None)
@@ -258,7 +256,9 @@ def test_pip_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_an_interrupt_ends_pip(fake_pip: Callable[[str], None], tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    fake_pip(f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\nprint('Progress 1 of 9', flush=True)\ntime.sleep(60)")
+    fake_pip(
+        f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\nprint('Progress 1 of 9', flush=True)\ntime.sleep(60)"
+    )
 
     def stop(step: LoadProgress) -> None:
         if step.total:

@@ -42,7 +42,21 @@ def test_both_ends_of_a_range_belong_to_it(knob) -> None:
         assert f"{knob.high:g}" in caught.value.message
 
 
-WRONG = [None, True, False, "1", [], {}, float("nan"), float("inf"), float("-inf"), 10**400, -(10**400), 1j, b"1"]
+WRONG: list[object] = [
+    None,
+    True,
+    False,
+    "1",
+    [],
+    {},
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    10**400,
+    -(10**400),
+    1j,
+    b"1",
+]
 
 
 @pytest.mark.parametrize("knob", NUMBERS, ids=lambda knob: knob.name)
@@ -85,7 +99,7 @@ def test_unknown_names_get_a_suggestion() -> None:
         with pytest.raises(ParameterError, match=f"did you mean '{name}'") as caught:
             GenerationParams.from_mapping({typo: 1})
         assert caught.value.param == typo
-    with pytest.raises(ParameterError, match="unknown parameter 'zzzzz'$"):
+    with pytest.raises(ParameterError, match=r"unknown parameter 'zzzzz'$"):
         GenerationParams.from_mapping({"zzzzz": 1})
 
 

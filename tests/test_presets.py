@@ -114,7 +114,7 @@ BAD = {
     "an odd key": ("model: x\n? [a, b]\n: c", "mine.yaml"),
     "a null key": ("model: x\n~: c", "None"),
     "two documents": ("model: x\n---\nmodel: y", "mine.yaml"),
-    "depth": ("model: " + "[" * 20000, "mine.yaml"),
+    "depth": ("model: " + "[" * 3000, "mine.yaml"),
     "control characters": ("model: \x00", "mine.yaml"),
 }  # fmt: skip
 

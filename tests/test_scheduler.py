@@ -23,7 +23,9 @@ def request(prompt: list[int] | int, tokens: int = 20, **options: object) -> Req
     """`prompt` may be a length: then its tokens are like no other prompt's."""
     request = Request((0,), GenerationParams(max_tokens=tokens), frozenset(), Nobody(), 4096, **options)  # type: ignore[arg-type]
     number = int(request.id[1:])
-    request.prompt = tuple(range(number * 10_000, number * 10_000 + prompt)) if isinstance(prompt, int) else tuple(prompt)
+    request.prompt = (
+        tuple(range(number * 10_000, number * 10_000 + prompt)) if isinstance(prompt, int) else tuple(prompt)
+    )
     request.ids = list(request.prompt)
     return request
 
@@ -109,6 +111,19 @@ def test_replies_go_on_while_a_long_prompt_is_read() -> None:
     assert long.completion_tokens == 1, "and the long one is not slower than its chunks"
 
 
+def test_a_reply_whose_prompt_is_known_does_not_wait_for_an_older_prompt() -> None:
+    steps, prompt = Steps(400), list(range(33))
+    steps.scheduler.add(request(prompt, tokens=1))
+    steps.run()
+    long, known = request(1000, tokens=1), request(prompt, tokens=20)
+    steps.scheduler.add(long)
+    steps.scheduler.add(known)
+    for said in range(1, 1 + 1000 // PREFILL_TOKENS):
+        steps.step()
+        assert known.completion_tokens == said
+    assert long.completion_tokens == 0
+
+
 def test_the_oldest_prompt_is_read_first() -> None:
     steps, one, other = Steps(400), request(200, tokens=1), request(200, tokens=1)
     steps.scheduler.add(one)
@@ -125,7 +140,11 @@ def test_no_more_than_the_limit_run_and_the_others_are_told_their_place() -> Non
         steps.scheduler.add(one)
     steps.step()
     assert steps.scheduler.running == requests[:MAX_RUNNING]
-    assert [one.stats().people_ahead for one in requests[MAX_RUNNING:]] == [MAX_RUNNING, MAX_RUNNING + 1, MAX_RUNNING + 2]
+    assert [one.stats().people_ahead for one in requests[MAX_RUNNING:]] == [
+        MAX_RUNNING,
+        MAX_RUNNING + 1,
+        MAX_RUNNING + 2,
+    ]
     assert {one.stats().phase for one in requests[MAX_RUNNING:]} == {"queued"}
     steps.run()
     assert {one.id for one in steps.done} == {one.id for one in requests}
@@ -151,10 +170,13 @@ def test_the_youngest_gives_way_and_reads_again() -> None:
     old, young = request(30, tokens=45), request(30, tokens=45)
     steps.scheduler.add(old)
     steps.scheduler.add(young)
+    steps.step()
+    third = request(60, tokens=1)
+    steps.scheduler.add(third)
     while not steps.preemptions:
         steps.step()
     assert steps.scheduler.running == [old]
-    assert list(steps.scheduler.waiting) == [young]
+    assert list(steps.scheduler.waiting) == [young, third], "who was running before is first in the line"
     assert young.stats().phase == "queued"
     said = young.completion_tokens
     assert said > 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
 from transformers import PreTrainedTokenizerFast
 
 from backend.errors import CheckpointError, UserError
+from backend.text import sandbox
 from backend.text.messages import Message
 from backend.text.templates import CHATML, MAX_TEMPLATE, ChatTemplate, TemplateError
 
@@ -25,8 +25,8 @@ def render(source: str, messages: list[Message] | None = None, **special: str) -
 
 
 @pytest.fixture(scope="module")
-def starter_source(starter_path: Path) -> str:
-    return str(GGUFReader(starter_path).fields["tokenizer.chat_template"].contents())
+def starter_source(starter_reader: GGUFReader) -> str:
+    return str(starter_reader.fields["tokenizer.chat_template"].contents())
 
 
 # the starter's own ------------------------------------------------------------------------------------------------
@@ -37,16 +37,15 @@ GOLDEN = [
     (
         chat(("system", "Be brief."), ("user", " a "), ("assistant", "b\n"), ("user", "{{ c }} {% d %}")),
         True,
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n a <|im_end|>\n<|im_start|>assistant\nb\n<|im_end|>\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n a <|im_end|>\n"
+        "<|im_start|>assistant\nb\n<|im_end|>\n"
         "<|im_start|>user\n{{ c }} {% d %}<|im_end|>\n<|im_start|>assistant\n",
     ),
 ]
 
 
 @pytest.mark.parametrize(("messages", "generation_prompt", "expected"), GOLDEN)
-def test_starter_golden(
-    starter_source: str, messages: list[Message], generation_prompt: bool, expected: str
-) -> None:
+def test_starter_golden(starter_source: str, messages: list[Message], generation_prompt: bool, expected: str) -> None:
     assert ChatTemplate(starter_source, {}).render(messages, generation_prompt=generation_prompt) == expected
 
 
@@ -68,7 +67,8 @@ def test_chatml_differs_from_the_starter_only_in_the_system_turn() -> None:
 
 # The language features that templates of published LLaMA-family models use, in the manner of those templates.
 FEATURES = [
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'].strip() + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
     "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
     "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}"
@@ -195,11 +195,19 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS.keys())
-def test_too_much_ends_soon_with_an_error(source: str) -> None:
+def test_too_much_ends_soon_with_an_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 0.2)
     begin = time.thread_time()
     with pytest.raises(UserError, match="chat template"):
         render(source)
-    assert time.thread_time() - begin < 2
+    assert time.thread_time() - begin < 1.2, "no single step may be long"
+
+
+def test_the_real_limit_is_less_than_two_seconds() -> None:
+    begin = time.thread_time()
+    with pytest.raises(UserError, match="more than 1 seconds"):
+        render(ENDLESS["nested loops"])
+    assert 1 <= time.thread_time() - begin < 2
 
 
 def test_a_long_chat_is_no_abuse() -> None:
@@ -208,7 +216,8 @@ def test_a_long_chat_is_no_abuse() -> None:
     assert render(CHATML, messages) == turn * 5000 + "<|im_start|>assistant\n"
 
 
-def test_one_rendering_does_not_use_up_the_time_of_the_next() -> None:
+def test_one_rendering_does_not_use_up_the_time_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 0.2)
     template = ChatTemplate("{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}ok", {"n": 0})  # type: ignore[dict-item]
     template._special["n"] = 100000  # type: ignore[assignment]
     with pytest.raises(TemplateError):
@@ -221,7 +230,9 @@ def test_one_rendering_does_not_use_up_the_time_of_the_next() -> None:
 
 
 def test_the_templates_own_refusal_is_readable() -> None:
-    source = "{% if messages[0].role != 'system' %}{{ raise_exception('The first turn must be a system turn!') }}{% endif %}"
+    source = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('The first turn must be a system turn!') }}{% endif %}"
+    )
     with pytest.raises(TemplateError) as caught:
         render(source)
     assert "The first turn must be a system turn!" in caught.value.message

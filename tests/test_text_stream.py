@@ -1,4 +1,4 @@
-"""Text that is safe to show: any cutting of the bytes gives the whole-text answer, and nothing waits without a reason."""
+"""Text that is safe to show: any cutting of the bytes gives the whole-text answer; nothing waits without a reason."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The Chat tab: finished turns in a Chatbot, the reply in progress in a light Markdown below it, the composer.
 
-One turn is three events in a row: `begin` (put the message in, once), `stream` (only the light parts, about eleven
+One turn is three events in a row: `begin` (put the message in, once), `stream` (only the light parts, about eight
 times a second), `finish` (the reply moves into the Chatbot, once). So a long chat costs nothing while a reply is
 written.
 """
@@ -184,7 +184,9 @@ class _Talk:
         except (UserError, ValueError) as error:
             busy = session.writing("chat")
             words = sentence(error) if isinstance(error, UserError) else f"{error}."
-            state = gr.skip() if busy else pieces.state_line(busy=False, empty=not conversation.path())
+            last = conversation.last()
+            line = pieces.state_line(busy=False, empty=last is None, numbers=last.footer if last else "")
+            state = gr.skip() if busy else line
             shown = gr.skip() if busy and place is None else view(_finished(session))
             return [shown, gr.skip(), state, gr.skip(), pieces.notice(words), gr.skip()]
         box = "" if text is not None and place is None else gr.skip()

@@ -22,7 +22,7 @@ from ui.sessions import Run
 
 logger = logging.getLogger(__name__)
 
-PAUSE = 0.09  # seconds between updates of the page: about 11 a second
+PAUSE = 0.12  # seconds between updates: about 8 a second, since each costs the browser time the engine could use
 PAUSE_PER_CHARACTER = 0.12 / 10_000  # the browser renders a long reply slower, so it is shown less often
 KEEP_ALIVE = 0.5  # seconds of silence after which we look whether anybody is still there
 OUR_FAULT = "Something went wrong inside Suri. The server's log says what; your text is kept."

@@ -103,7 +103,8 @@ class BlockPool:
         wanted = -(-tokens // self.block_size) - len(lease.blocks)
         taken: list[int] = []
         while len(taken) < wanted:
-            block = self._allocate(after=(taken or lease.blocks or [None])[-1])
+            before = taken or lease.blocks
+            block = self._allocate(after=before[-1] if before else None)
             if block is None:
                 self._free.update(taken)
                 return False

@@ -145,7 +145,7 @@ class _Header:
             raise CheckpointError(f"{self.path}: key '{key}' is an array of the unknown or nested type {kind}")
         if length > MAX_ARRAY or length * smallest > self._size - self._at:
             raise CheckpointError(
-                f"{self.path}: array '{key}' claims {length} entries, which the {self._size} bytes of the file cannot hold"
+                f"{self.path}: array '{key}' claims {length} entries, more than the file of {self._size} bytes can hold"
             )
         if kind == _STRING:
             return [self._string(f"entry {i} of '{key}'") for i in range(length)]

@@ -121,7 +121,7 @@ def peak_memory() -> int:
     """Most resident bytes this process has had."""
     info = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"):  # Windows
-        return int(info.peak_wset)
+        return int(info.peak_wset)  # type: ignore[attr-defined]
     import resource  # not there on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -47,7 +47,9 @@ def _print_text(generation: Generation) -> int:
 
 
 def _print_json(generation: Generation) -> int:
-    text, ids, logprobs = "", [], []
+    text = ""
+    ids: list[int] = []
+    logprobs: list[float] = []
     for chunk in generation:
         if chunk.error is not None:
             raise chunk.error

@@ -15,7 +15,7 @@ class ProgressBar:
     """Shows LoadProgress on stderr: one bar per stage. Silent where stderr is no terminal, but for a line per stage."""
 
     def __init__(self) -> None:
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm | None = None  # type: ignore[type-arg]
         self._stage = ""
 
     def __call__(self, step: LoadProgress) -> None:
@@ -28,7 +28,8 @@ class ProgressBar:
             return
         if self._bar is None:
             self._bar = tqdm(total=step.total, desc=step.stage, unit=step.unit, unit_scale=True, unit_divisor=1000)
-        self._bar.update(step.done - self._bar.n)
+        bar = self._bar
+        bar.update(step.done - bar.n)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 Run = tuple[torch.Tensor, torch.Tensor]  # keys, values: (n_kv_heads, tokens, head_dim) in the cache's type
 
@@ -26,14 +25,14 @@ def attention(query: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
     # The heads that share keys become rows of one query, so keys are read once: (1, n_kv_heads, new * group, head_dim).
     grouped = query.view(new, n_kv_heads, group, head_dim).transpose(0, 1).reshape(1, n_kv_heads, -1, head_dim)
     grouped = grouped.to(runs[0][0].dtype)
-    if new == 1 and len(runs) > 1:
-        mixed = _merged(grouped, runs)
+    if new == 1:
+        parts = [_part(grouped, run) for run in runs]
     else:
-        keys, values = runs[0] if len(runs) == 1 else (torch.cat(parts, dim=1) for parts in zip(*runs, strict=True))
-        mask = None if new == 1 else _causal_rows(new, keys.shape[1], group, keys.device)
-        mixed = F.scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=mask)
-    mixed = mixed.view(n_kv_heads, new, group, head_dim).transpose(0, 1)
-    return mixed.reshape(new, n_heads, head_dim).float()
+        # Everybody sees all of the past, so only the new tokens among themselves need a mask: a small one.
+        past, latest = _split(runs, new)
+        parts = [_part(grouped, run) for run in past] + [_part(grouped, latest, _causal(new, group, grouped))]
+    mixed = _merged(parts).view(n_kv_heads, new, group, head_dim).transpose(0, 1)
+    return mixed.reshape(new, n_heads, head_dim)
 
 
 def attention_twin(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -50,21 +49,44 @@ def attention_twin(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     return out
 
 
-def _merged(grouped: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
-    """Attention over each run by itself, mixed by how much of the softmax each run has (its log-sum-exp).
+def _part(grouped: torch.Tensor, run: Run, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over one run by itself: (1, n_kv_heads, rows, head_dim) and the log-sum-exp of its scores."""
+    keys, values = run
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        grouped, keys[None], values[None], attn_mask=mask
+    )
+    return out.float(), log_sum.float()
+
+
+def _merged(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Parts of one softmax, mixed by how much of it each has (its log-sum-exp).
 
     Exact, and without the copy that would make one run of many: at 8,000 tokens the copy costs more than the rest.
     """
-    outs, weights = [], []
+    if len(parts) == 1:
+        return parts[0][0]
+    share = torch.softmax(torch.stack([log_sum for _, log_sum in parts]), dim=0)
+    return (torch.stack([out for out, _ in parts]) * share[..., None]).sum(dim=0)
+
+
+def _split(runs: Sequence[Run], new: int) -> tuple[list[Run], Run]:
+    """The runs of everything before the last `new` tokens, and these as one run."""
+    past = sum(keys.shape[1] for keys, _ in runs) - new
+    before: list[Run] = []
+    latest: list[Run] = []
     for keys, values in runs:
-        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(grouped, keys[None], values[None])
-        outs.append(out.float())
-        weights.append(log_sum.float())  # (1, n_kv_heads, rows)
-    share = torch.softmax(torch.stack(weights), dim=0)
-    return (torch.stack(outs) * share[..., None]).sum(dim=0)
+        cut = min(keys.shape[1], past)
+        if cut:
+            before.append((keys[:, :cut], values[:, :cut]))
+        if cut < keys.shape[1]:
+            latest.append((keys[:, cut:], values[:, cut:]))
+        past -= cut
+    if len(latest) == 1:
+        return before, latest[0]
+    return before, (torch.cat([keys for keys, _ in latest], dim=1), torch.cat([values for _, values in latest], dim=1))
 
 
-def _causal_rows(new: int, total: int, group: int, device: torch.device) -> torch.Tensor:
-    """bool (new * group, total): row r belongs to token r // group and sees `total - new + token + 1` keys."""
-    last_seen = torch.arange(total - new, total, device=device).repeat_interleave(group)
-    return torch.arange(total, device=device)[None, :] <= last_seen[:, None]
+def _causal(new: int, group: int, like: torch.Tensor) -> torch.Tensor:
+    """(new * group, new), 0 or -inf: row r belongs to token r // group and sees the new tokens up to that one."""
+    mask = torch.full((new, new), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
+    return mask.repeat_interleave(group, dim=0)

@@ -70,7 +70,7 @@ def weight_bytes(weights: str, config: ModelConfig, tensors: Mapping[str, Stored
         elif weights != "original":
             total += _VALUE_BYTES[weights] * info.elements  # a tied table serves both its uses as it is
         elif name == "tok_embeddings":
-            # A tied plain table serves both uses; packed blocks that are multiplied by have a copy in the kernel's layout.
+            # A tied plain table serves both uses; of packed blocks the product has its own copy.
             total += info.nbytes + (_linear_bytes(info) if config.tied_output and info.format.elements > 1 else 0)
         else:
             total += _linear_bytes(info)

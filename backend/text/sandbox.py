@@ -30,7 +30,8 @@ _MAX_BITS = 1024  # of a number
 
 _TEXT_METHODS = frozenset(
     "capitalize count endswith find index isalnum isalpha isdigit islower isspace isupper join lower lstrip partition "
-    "removeprefix removesuffix replace rfind rpartition rsplit rstrip split splitlines startswith strip title upper".split()
+    "removeprefix removesuffix replace rfind rpartition rsplit rstrip split splitlines startswith strip title "
+    "upper".split()
 )
 _FILTERS = (
     "abs capitalize count d default dictsort e escape first float int items last length list lower map max min reject "
@@ -45,24 +46,24 @@ class LimitError(jinja2.TemplateRuntimeError):
 class _Generator(CodeGenerator):
     """Jinja's compiler with a look at the clock in every loop turn and a measure around what is put together."""
 
-    def visit_For(self, node: nodes.For, frame: Frame) -> None:  # noqa: N802 (Jinja's own naming)
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:
         look = nodes.ExprStmt(nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None))
         node.body.insert(0, look.set_lineno(node.lineno))
         super().visit_For(node, frame)
 
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:  # noqa: N802
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
         self._measured(super().visit_List, node, frame)
 
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:  # noqa: N802
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
         if node.ctx == "load":
             self._measured(super().visit_Tuple, node, frame)
         else:
             super().visit_Tuple(node, frame)
 
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
         self._measured(super().visit_Dict, node, frame)
 
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concat((")
         for part in node.nodes:
             self.write("str(")
@@ -89,8 +90,10 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals.clear()
         self.globals.update(names, range=jinja2.sandbox.safe_range, namespace=_Namespace)
         own = {"join": _join, "replace": _replace} | filters
-        self.filters = {name: self._guarded(own.get(name) or FILTERS[name]) for name in [*_FILTERS, *own]}
-        self.tests = {name: self._guarded(test) for name, test in self.tests.items()}
+        known: dict[str, Any] = {name: FILTERS[name] for name in _FILTERS} | own
+        tests: dict[str, Any] = dict(self.tests)
+        self.filters = {name: self._guarded(function) for name, function in known.items()}
+        self.tests = {name: self._guarded(function) for name, function in tests.items()}
 
     def begin(self, max_text: int, max_items: int) -> None:
         """Start the clock for one rendering, in which no text may be longer than `max_text` characters."""

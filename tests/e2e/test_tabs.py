@@ -65,6 +65,9 @@ def test_completion_error_keeps_the_text(text: Page, site: Site) -> None:
 def knobs(page: Page) -> Page:
     """The Parameters tab with everything at its default."""
     tab(page, "Parameters")
+    page.locator("#knob-top_p input[type=number]").fill("0.5")  # so that the answer to the press can be seen
+    page.keyboard.press("Tab")
+    expect(page.locator("#marks")).to_contain_text("Top-p")
     page.locator("#defaults").click()
     expect(page.locator("#marks")).to_contain_text("Everything is at its default")
     return page
@@ -108,6 +111,10 @@ def test_a_value_that_does_not_fit_is_said_in_one_sentence(knobs: Page, site: Si
     say(page, "my question", wait=False)
     expect(page.locator("#chat-notice [role=alert]")).to_contain_text("max_tokens: found -5")
     expect(page.locator("#box textarea")).to_have_value("my question")
+    tab(page, "Parameters")
+    page.locator("#defaults").click()
+    expect(page.locator("#knob-max_tokens input")).to_have_value("1024")
+    expect(page.locator("#parameters-notice [role=alert]")).to_have_count(0)
 
 
 def test_sampling_sets(knobs: Page, site: Site) -> None:

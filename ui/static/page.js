@@ -99,6 +99,22 @@
     if (shown && open === undefined) setTimeout(() => find("#system textarea").focus(), 0);
   };
 
+  // the state line steers what is shown: copied to the tab's own element, and only when it changes
+  const steer = (page, values) => {
+    if (!page) return;
+    for (const [name, value] of Object.entries(values)) if (value !== undefined && page.dataset[name] !== value) page.dataset[name] = value;
+  };
+  const steerChat = () => {
+    const state = find("#chat-state .state");
+    const versions = find("#versions .versions");
+    if (state) steer(find("#chat"), { busy: state.dataset.busy, empty: state.dataset.empty });
+    if (versions) steer(find("#chat"), { versions: versions.dataset.count === "1" ? "0" : "1" });
+  };
+  const steerCompletion = () => {
+    const state = find("#completion-state .state");
+    if (state) steer(find("#completion"), { busy: state.dataset.busy });
+  };
+
   // staying at the end while a reply grows, unless the person has scrolled away
   const follow = (thread) => {
     let stick = true;
@@ -112,7 +128,7 @@
       if (stick) thread.scrollTop = thread.scrollHeight;
       speak();
     };
-    const plan = () => { if (!planned) { planned = true; requestAnimationFrame(settle); } };
+    const plan = () => { steerChat(); if (!planned) { planned = true; requestAnimationFrame(settle); } };
     new MutationObserver(plan).observe(thread, { childList: true, subtree: true, characterData: true });
     new ResizeObserver(plan).observe(thread);
     plan();
@@ -145,6 +161,7 @@
     label("#new-chat", "New chat");
     find("#system-toggle").setAttribute("aria-expanded", "false");
     follow(thread);
+    new MutationObserver(steerCompletion).observe(find("#tabs"), { childList: true, subtree: true });
     document.body.dataset.ready = "1";
   };
 
