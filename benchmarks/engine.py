@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 
-from backend.events import Chunk
 from backend.models import ModelFolder
 from backend.params import GenerationParams
 from backend.presets import PresetFolder
@@ -56,7 +55,9 @@ def run() -> dict[str, Any]:
 
 def _summary(rows: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     medians = {name: {kind: statistics.median(values) for kind, values in row.items()} for name, row in rows.items()}
-    print(f"{'':22} {'decode t/s':>12} {'prefill t/s':>12} {'first token s':>14}   (medians of {RUNS} interleaved runs)")
+    print(
+        f"{'':22} {'decode t/s':>12} {'prefill t/s':>12} {'first token s':>14}   (medians of {RUNS} interleaved runs)"
+    )
     for name, row in medians.items():
         print(f"{name:22} {row['decode']:12.1f} {row['prefill']:12.0f} {row['first_token']:14.3f}")
     peer = max(row["decode"] for name, row in medians.items() if name.startswith("transformers"))
@@ -79,9 +80,7 @@ def _ours(runtime: Runtime, ids: list[int]) -> Measure:
     def measure(prompt: int, reply: int) -> tuple[float, float]:
         params = GenerationParams(max_tokens=reply, temperature=0.0)
         begin = time.perf_counter()
-        chunk = Chunk()
-        for chunk in runtime.start(ids[:prompt], params, use_cache=False):
-            pass
+        *_, chunk = runtime.start(ids[:prompt], params, use_cache=False)
         first = chunk.stats.seconds_to_first_token
         if chunk.stats.completion_tokens != reply or first is None:
             raise RuntimeError(f"the reply has {chunk.stats.completion_tokens} tokens, {reply} were to be measured")

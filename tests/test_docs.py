@@ -9,7 +9,10 @@ from backend.params import KNOBS
 from backend.settings import PROJECT
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-START, END = "<!-- parameters: made from backend/params.py, checked by tests/test_docs.py -->\n", "\n<!-- end of parameters"
+START, END = (
+    "<!-- parameters: made from backend/params.py, checked by tests/test_docs.py -->\n",
+    "\n<!-- end of parameters",
+)
 
 
 def parameter_table() -> str:
