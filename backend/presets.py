@@ -68,7 +68,8 @@ class PresetFolder:
         values = self._merged(path, seen)
         if "model" not in values:
             raise PresetError(f"{path}: the key 'model' is missing; it says which model to run")
-        return Preset(name=path.stem, **values)
+        sampling = GenerationParams.from_mapping(values.pop("sampling", {}))
+        return Preset(name=path.stem, sampling=sampling, **values)
 
     def _merged(self, path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         """The file's checked values on top of those of the preset it extends."""
@@ -80,7 +81,10 @@ class PresetFolder:
             return values
         if other not in self.names():
             raise PresetError(f"{path}: extends '{other}', which is no preset here{nearest(other, self.names())}")
-        return self._merged(self.folder / f"{other}.yaml", (*seen, path)) | values
+        base = self._merged(self.folder / f"{other}.yaml", (*seen, path))
+        if "sampling" in base and "sampling" in values:
+            values["sampling"] = base["sampling"] | values["sampling"]
+        return base | values
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -138,9 +142,10 @@ def _checked_value(path: Path, key: str, value: Any) -> Any:
         if not isinstance(value, dict):
             raise PresetError(f"{path}: sampling is {value!r}, expected a list of 'parameter: value'")
         try:
-            return GenerationParams.from_mapping(value)
+            GenerationParams.from_mapping(value)
         except ParameterError as error:
             raise PresetError(f"{path}: sampling: {error.message}") from None
+        return value
     if not isinstance(value, str) or not value.strip():
         raise PresetError(f"{path}: {key} is {value!r}, expected a text")
     choices = _CHOICES.get(key)

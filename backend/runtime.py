@@ -19,6 +19,7 @@ from backend.checkpoint.open import open_checkpoint
 from backend.engine.engine import Engine
 from backend.engine.request import Request
 from backend.engine.runner import Runner
+from backend.engine.threads import Threads
 from backend.engine.worker import Worker
 from backend.errors import CheckpointError, ContextLengthError, ParameterError, PresetError, UserError
 from backend.events import LoadProgress
@@ -71,7 +72,7 @@ class Runtime:
         config = self.checkpoint.config
         self._kv = KVPool(config, self.plan.kv_blocks, BLOCK_TOKENS, DTYPES[self.plan.kv_type])
         self.blocks = BlockPool(self.plan.kv_blocks, BLOCK_TOKENS)
-        self.runner = Runner(loaded.model, self._kv)
+        self.runner = Runner(loaded.model, self._kv, Threads(compute_threads(), loaded.bytes_per_token))
         self.worker = Worker(Engine(self.runner, self.blocks), max_waiting)
         self._warm_up()
 

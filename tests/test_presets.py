@@ -159,3 +159,10 @@ def test_an_edited_file_counts_at_once(folder: Path) -> None:
     assert presets.read("base").weights == "bf16"
     (folder / "base.yaml").write_text("model: starter\nweights: f32\n")
     assert presets.read("base").weights == "f32"
+
+
+def test_sampling_is_merged_value_by_value(folder: Path) -> None:
+    (folder / "base.yaml").write_text("model: starter\nsampling: {temperature: 0.3, top_k: 5}\n")
+    (folder / "mine.yaml").write_text("extends: base\nsampling: {top_k: 7}\n")
+    sampling = PresetFolder(folder).read("mine").sampling
+    assert (sampling.temperature, sampling.top_k) == (0.3, 7)

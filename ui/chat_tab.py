@@ -8,6 +8,7 @@ written.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ EXAMPLES = (
     "Write a Python function that reverses the words of a text",
     "Suggest a quick dinner with rice, eggs and spinach",
 )
+NUMBERS_EVERY = 0.45  # seconds
 PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 
 
@@ -202,16 +204,19 @@ class _Talk:
             return
         workspace, reply, service = session.workspace, run.reply, self._context.service
         messages = workspace.conversation.messages()[:-1]
-        meter = ""
+        line = meter = ""
+        numbers_at = 0.0
         try:
             async with aclosing(follow(service, run, lambda: service.chat(messages, run.params))) as moments:
                 async for moment in moments:
                     if run.done:  # another event has ended this run: nothing of it may be added any more
                         break
                     reply.text += moment.text
-                    if run.stats.context:
-                        meter = pieces.meter(run.stats.used_tokens, run.stats.context)
-                    line = pieces.state_line(busy=True, words=moment.words, numbers=wording.speed(run.stats))
+                    # Numbers that change eight times a second cannot be read, and each change is work for the browser.
+                    if time.monotonic() - numbers_at > NUMBERS_EVERY:
+                        numbers_at = time.monotonic()
+                        meter = pieces.meter(run.stats.used_tokens, run.stats.context) if run.stats.context else meter
+                        line = pieces.state_line(busy=True, words=moment.words, numbers=wording.speed(run.stats))
                     yield reply.text, line, meter
         finally:
             settle(workspace, run)

@@ -5,7 +5,7 @@ Canonical tensor names are those of `backend.model.config.tensor_shapes` plus th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,14 +74,22 @@ def checked_extent(path: Path, name: str, shape: tuple[int, ...], fmt: BlockForm
     return nbytes
 
 
-def check_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
-    """Every tensor the model needs is there, and those that are there have the right shape."""
+def check_tensors(
+    path: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    file_name: Callable[[str], str] = lambda name: name,
+) -> None:
+    """Every tensor the model needs is there, and those that are there have the right shape.
+
+    `file_name`: canonical name -> the name the file would give it, for the message.
+    """
     optional = {"rope_freqs": (config.head_dim // 2,)}
     for name, shape in (tensor_shapes(config) | optional).items():
         info = tensors.get(name)
         if info is None and name in optional:
             continue
         if info is None:
-            raise CheckpointError(f"{path}: tensor '{name}' is missing; a model of {config.n_layers} layers needs it")
+            raise CheckpointError(f"{path}: tensor '{file_name(name)}' is missing; the model needs it")
         if info.shape != shape:
             raise CheckpointError(f"{path}: tensor '{info.name}' has shape {info.shape}, expected {shape}")

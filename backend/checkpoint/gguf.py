@@ -68,7 +68,7 @@ class GGUFCheckpoint:
         self.metadata: Mapping[str, Any] = header.metadata
         self.config: ModelConfig = _config(path, header.metadata, header.tensors)
         self.tensors: Mapping[str, TensorInfo] = _canonical(path, header.tensors, self.config.n_layers)
-        check_tensors(path, self.config, self.tensors)
+        check_tensors(path, self.config, self.tensors, _file_name)
         # A private mapping: pages come from the file when touched, and nothing we do can write to it.
         self._bytes = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
 
@@ -215,6 +215,14 @@ def _canonical(path: Path, tensors: Mapping[str, TensorInfo], n_layers: int) -> 
             raise CheckpointError(f"{path}: tensor '{name}' is not part of the LLaMA architecture")
         renamed[target] = info
     return renamed
+
+
+def _file_name(canonical: str) -> str:
+    """The name a GGUF file gives to a tensor."""
+    if not canonical.startswith("layers."):
+        return next((name for name, target in _TOP.items() if target == canonical), canonical)
+    _, number, part = canonical.split(".", 2)
+    return next((f"blk.{number}.{name}" for name, target in _LAYER.items() if target == part), canonical)
 
 
 def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelConfig:

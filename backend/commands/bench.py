@@ -48,10 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(f"{'preset':16} {'decode':>12} {'prefill':>12} {'first token':>12} {'peak memory':>12} {'of bandwidth':>13}")
     for row in results:
+        decode, prefill = row["decode_tokens_per_second"], row["prefill_tokens_per_second"]
         print(
-            f"{row['preset']:16} {row['decode_tokens_per_second']:8.1f} t/s {row['prefill_tokens_per_second']:8.0f} t/s "
-            f"{row['time_to_first_token_s']:10.3f} s {row['peak_ram_bytes'] / 1e6:9.0f} MB "
-            f"{row['read_bandwidth_fraction']:12.0%}"
+            f"{row['preset']:16} {decode:8.1f} t/s {prefill:8.0f} t/s {row['time_to_first_token_s']:10.3f} s "
+            f"{row['peak_ram_bytes'] / 1e6:9.0f} MB {row['read_bandwidth_fraction']:12.0%}"
         )
     return 0
 

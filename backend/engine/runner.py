@@ -9,6 +9,7 @@ import torch
 from backend.cache.blocks import BlockCopy
 from backend.cache.kv import KVPool, SequenceSlots
 from backend.engine.scheduler import Work
+from backend.engine.threads import Threads
 from backend.model.attention import attention
 from backend.model.llama import Attend, Llama
 
@@ -16,8 +17,9 @@ from backend.model.llama import Attend, Llama
 class Runner:
     """Owns nothing but references: the model and the pool of keys and values."""
 
-    def __init__(self, model: Llama, pool: KVPool) -> None:
+    def __init__(self, model: Llama, pool: KVPool, threads: Threads | None = None) -> None:
         self.model, self.pool = model, pool
+        self._threads = threads
         self.tokens_evaluated = 0  # all tokens that ever went through the model
         self.steps = 0
 
@@ -42,6 +44,8 @@ class Runner:
                 rows.append(len(ids) - 1)
         self.tokens_evaluated += len(ids)
         self.steps += 1
+        if self._threads is not None:
+            self._threads.use(len(ids))
         with torch.inference_mode():
             return self.model.forward(
                 torch.tensor(ids), torch.tensor(positions), self._attend(spans), torch.tensor(rows, dtype=torch.int64)

@@ -120,7 +120,15 @@
     let stick = true;
     let wasBusy = false;
     let planned = false;
-    thread.addEventListener("scroll", () => { stick = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 80; }, { passive: true });
+    let top = 0;
+    let height = 0;
+    thread.addEventListener("scroll", () => {
+      // away from the end by the person's hand: upwards, and not because what was below has become shorter or taller
+      if (thread.scrollHeight - thread.scrollTop - thread.clientHeight < 80) stick = true;
+      else if (thread.scrollTop < top && thread.scrollHeight === height) stick = false;
+      top = thread.scrollTop;
+      height = thread.scrollHeight;
+    }, { passive: true });
     const settle = () => {
       planned = false;
       if (busy() && !wasBusy) stick = true;
@@ -130,7 +138,8 @@
     };
     const plan = () => { steerChat(); if (!planned) { planned = true; requestAnimationFrame(settle); } };
     new MutationObserver(plan).observe(thread, { childList: true, subtree: true, characterData: true });
-    new ResizeObserver(plan).observe(thread);
+    const sizes = new ResizeObserver(plan); // a turn that comes into sight gets its real height only then
+    for (const part of [thread, find("#messages"), find("#live")]) if (part) sizes.observe(part);
     plan();
   };
 
