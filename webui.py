@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import importlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -134,6 +135,8 @@ def _serve(service: Service, settings: Settings, listener: socket.socket) -> Non
     port = listener.getsockname()[1]
     name = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"Suri is at http://{name}:{port} (Ctrl+C ends it)", flush=True)
+    # uvicorn ends in order on SIGTERM and then raises it once more, for whoever ran it: we go on to the end instead.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         _Server(config, service).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn raises it again after an orderly end

@@ -33,3 +33,8 @@ def tiny_path(tmp_path: Path) -> Callable[..., Path]:
         return write_tiny(tmp_path / "tiny.gguf", TinyModel(**options))  # type: ignore[arg-type]
 
     return write
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The browser tests go last: while Playwright is open, this thread has a running event loop, and others need none."""
+    items.sort(key=lambda item: "e2e" in item.path.parts)

@@ -189,7 +189,7 @@ def test_greedy_feels_the_penalty() -> None:
 
 def test_neutral_values_add_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    for name in ("repetition_penalty", "top_k", "top_p", "min_p", "temperature"):
+    for name in ("repetition_penalty", "likeliest", "top_p", "min_p", "temperature"):
         real = getattr(samplers, name)
 
         def noted(*args: object, name: str = name, real: Callable[..., object] = real) -> object:
@@ -200,7 +200,7 @@ def test_neutral_values_add_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     sample(row(), NEUTRAL, [1, 2], 0.5)
     assert called == []
     sample(row(), with_params(repetition_penalty=1.2, top_k=9, top_p=0.9, min_p=0.1, temperature=0.5), [1], 0.5)
-    assert called == ["repetition_penalty", "top_k", "top_p", "min_p", "temperature"]
+    assert called == ["repetition_penalty", "likeliest", "top_p", "min_p", "temperature"]
 
 
 # random streams ---------------------------------------------------------------------------------------------------
@@ -226,3 +226,12 @@ def test_seeds() -> None:
     # Another implementation of the same published generator (Philox4x64-10, Salmon et al. 2011) is its own oracle.
     assert uniforms(7) == np.random.Generator(np.random.Philox(7)).random(5).tolist()
     assert math.isclose(np.mean(uniforms(1, 4000)), 0.5, abs_tol=0.02)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_short_row_draws_what_the_full_row_would(seed: int) -> None:
+    logits = row(5000, seed=seed)
+    params = with_params(top_k=40, top_p=0.9, min_p=0.02, temperature=0.8)
+    full = samplers.temperature(samplers.min_p(samplers.top_p(samplers.top_k(logits, 40), 0.9), 0.02), 0.8)
+    for uniform in np.linspace(0, ALMOST_ONE, 101):
+        assert sample(logits, params, [], float(uniform)) == samplers.draw(full, float(uniform))

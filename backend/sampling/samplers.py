@@ -32,8 +32,14 @@ def top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Keep the k likeliest."""
     if k >= logits.numel():
         return logits
-    values, ids = torch.topk(logits, k)
+    values, ids = likeliest(logits, k)
     return torch.full_like(logits, NEVER).index_copy_(0, ids, values)
+
+
+def likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest logits and their ids, in order of ids: the row that `top_k` leaves, without what it removed."""
+    ids = torch.topk(logits, k).indices.sort().values
+    return logits[ids], ids
 
 
 def top_p(logits: torch.Tensor, p: float) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,18 +14,14 @@ from fastapi import FastAPI
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from backend.api.guard import CSP
 from backend.settings import Settings
+from tests.browser import HELP, find_browser
 from tests.fakes import FakeService
 from ui.app import mount
 from ui.sessions import Registry
 
-CSP = (
-    "default-src 'self'; img-src 'self' data: blob:; connect-src 'self'; font-src 'self' data:; "
-    "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; worker-src 'self' blob:; "
-    "frame-ancestors 'self'; base-uri 'self'"
-)
 ARGUMENTS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"]
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE = 10_000  # milliseconds that an expectation may take on a busy machine
 
 
@@ -135,11 +130,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        path = next((found for found in map(shutil.which, NAMES) if found), None)
-        try:
-            launched = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        except Exception as error:
-            pytest.fail(f"no Chromium found (looked for {', '.join(NAMES)} and Playwright's own): {error}")
+        path = find_browser()
+        if path is None:
+            pytest.fail(HELP)
+        launched = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield launched
         launched.close()
 
