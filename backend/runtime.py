@@ -72,7 +72,8 @@ class Runtime:
         config = self.checkpoint.config
         self._kv = KVPool(config, self.plan.kv_blocks, BLOCK_TOKENS, DTYPES[self.plan.kv_type])
         self.blocks = BlockPool(self.plan.kv_blocks, BLOCK_TOKENS)
-        self.runner = Runner(loaded.model, self._kv, Threads(compute_threads(), loaded.bytes_per_token))
+        threads = Threads(compute_threads(), loaded.bytes_per_token)
+        self.runner = Runner(threads.fitted(loaded.model, loaded.output_bytes), self._kv, threads)
         self.worker = Worker(Engine(self.runner, self.blocks), max_waiting)
         self._warm_up()
 

@@ -36,5 +36,5 @@ def tiny_path(tmp_path: Path) -> Callable[..., Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The browser tests go last: while Playwright is open, this thread has a running event loop, and others need none."""
+    """The browser tests go last: while Playwright is open, an event loop runs in this thread, and others need none."""
     items.sort(key=lambda item: "e2e" in item.path.parts)

@@ -8,11 +8,18 @@ as have something to do, and a long prompt uses all.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+
+from backend.model.llama import Llama, Multiply
 
 # What a thread should have to read in one token: about 6 ms of streaming, against roughly 1 ms of waiting at barriers.
 BYTES_PER_THREAD = 128 << 20
 FEW_TOKENS = 4
+LARGE_PRODUCT = (
+    16 << 20
+)  # bytes; alone worth all threads, also in a step of few tokens: the output of a large vocabulary
 
 
 class Threads:
@@ -27,3 +34,26 @@ class Threads:
         wanted = self.few if tokens <= FEW_TOKENS else self.all
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
+
+    def fitted(self, model: Llama, output_bytes: int) -> Llama:
+        """The model, with an output that brings its own threads where it is large enough to be worth it."""
+        if output_bytes < LARGE_PRODUCT or self.few == self.all:
+            return model
+        return dataclasses.replace(model, output=AllThreads(model.output, self.all))
+
+
+class AllThreads:
+    """A weight that multiplies with all threads whatever the step around it uses."""
+
+    def __init__(self, multiply: Multiply, threads: int) -> None:
+        self._multiply, self._threads = multiply, threads
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        around = torch.get_num_threads()
+        if around == self._threads:
+            return self._multiply(x)
+        torch.set_num_threads(self._threads)
+        try:
+            return self._multiply(x)
+        finally:
+            torch.set_num_threads(around)

@@ -26,8 +26,9 @@ _PLAIN = {blocks.F32: torch.float32, blocks.F16: torch.float16, blocks.BF16: tor
 class Loaded:
     """A model, the bytes its weights take, and how many of these one token reads (all but a table looked up in)."""
 
-    def __init__(self, model: Llama, weight_bytes: int, bytes_per_token: int) -> None:
+    def __init__(self, model: Llama, weight_bytes: int, bytes_per_token: int, output_bytes: int) -> None:
         self.model, self.weight_bytes, self.bytes_per_token = model, weight_bytes, bytes_per_token
+        self.output_bytes = output_bytes
 
 
 def load_model(
@@ -71,7 +72,8 @@ class _Loader:
         )
         model = Llama(config, embedding, tuple(layers), self._vector("norm"), output, rope)
         shared = isinstance(output, PlainLinear) and output.weight.data_ptr() == embedding.raw.data_ptr()
-        return Loaded(model, self._kept, self._kept - (0 if shared else embedding.nbytes()))
+        read = self._kept - (0 if shared else embedding.nbytes())
+        return Loaded(model, self._kept, read, output.nbytes())
 
     # parts ------------------------------------------------------------------------------------------------------------
 

