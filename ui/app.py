@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from backend.settings import Settings
 from ui import chat_tab, completion_tab, parameters_tab, pieces, presets_tab, wording
-from ui.door import Context, Service
+from ui.door import PRIVATE, Context, Service
 from ui.people import hash_of, owner_of, session_of
 from ui.sessions import Registry
 from ui.theme import theme, variables
@@ -59,7 +59,7 @@ def build(service: Service, registry: Registry | None = None) -> gr.Blocks:
         model = [*about, chat.meter, *knobs, parameters.marks, parameters.sets]
         page = _Page(context, chat, parameters)
         presets_tab.wire(presets, context, chip, model, page.other_model)
-        private: dict[str, Any] = dict(chat_tab.PRIVATE)
+        private: dict[str, Any] = dict(PRIVATE)
         demo.load(
             page.opened,
             [tab_id],

@@ -19,7 +19,7 @@ import gradio as gr
 from backend.errors import UserError
 from ui import pieces, wording
 from ui.conversation import Turn
-from ui.door import Context
+from ui.door import PRIVATE, Context
 from ui.parameters_tab import read_params
 from ui.people import session_of
 from ui.replies import follow, sentence
@@ -31,7 +31,6 @@ EXAMPLES = (
     "Suggest a quick dinner with rice, eggs and spinach",
 )
 NUMBERS_EVERY = 0.45  # seconds
-PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,11 @@ import gradio as gr
 
 from backend.errors import UserError
 from ui import pieces, wording
-from ui.door import Context
+from ui.door import PRIVATE, Context
 from ui.parameters_tab import read_params
 from ui.people import session_of
 from ui.replies import follow, sentence
 from ui.sessions import Run, Session, settle
-
-PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from backend.events import LoadProgress, PresetInfo, Status
 from backend.generation import Generation
 from backend.params import GenerationParams
 from backend.text.messages import Message
 from ui.sessions import Registry
+
+# How our events are wired: no spinner over what is being read, no entry in a public API, no queue but the engine's.
+PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 
 
 class Service(Protocol):

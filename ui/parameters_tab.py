@@ -13,7 +13,7 @@ import gradio as gr
 from backend.errors import ParameterError, UserError
 from backend.params import KNOBS, GenerationParams, Knob
 from ui import pieces
-from ui.door import Context
+from ui.door import PRIVATE, Context
 from ui.people import session_of
 from ui.replies import sentence
 from ui.sessions import Session
@@ -25,7 +25,6 @@ BUILT_IN: dict[str, GenerationParams] = {
     "Precise": GenerationParams(temperature=0.0),
     "Creative": GenerationParams(temperature=1.1, top_p=0.98, min_p=0.03, top_k=0),
 }
-PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import gradio as gr
 
 from backend.events import LoadProgress, PresetInfo, Status
 from ui import pieces, wording
-from ui.door import Context
+from ui.door import PRIVATE, Context
 from ui.replies import sentence
 
-PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 LOOK = 0.15  # seconds between looks at the progress of a load
 PRESS = """
 element.addEventListener('click', (event) => {

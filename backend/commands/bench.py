@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from backend.commands.choice import add_choice, loaded_service
+from backend.commands.choice import loaded_service
 from backend.errors import EngineError
 from backend.events import Stats
 from backend.params import GenerationParams
@@ -28,9 +28,8 @@ SHORT_PROMPT, LONG_PROMPT, REPLY = 50, 320, 96  # tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_choice(parser)
-    parser.set_defaults(preset=None)
-    parser.add_argument("--presets", nargs="+", metavar="NAME", help="several presets, one after the other")
+    parser.add_argument("--preset", nargs="+", default=["starter"], metavar="P", help="presets, one after the other")
+    parser.add_argument("--model", metavar="PATH", help="a model file to use in place of the presets'")
     parser.add_argument("--runs", type=int, default=5, help="counted runs after one warm-up (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
@@ -38,10 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.in_process:
-        print(json.dumps(measure(arguments.preset, arguments.model, arguments.runs)))
+        print(json.dumps(measure(arguments.preset[0], arguments.model, arguments.runs)))
         return 0
-    names = arguments.presets or [arguments.preset or "starter"]
-    results = [_in_child(name, arguments.model, arguments.runs) for name in names]
+    results = [_in_child(name, arguments.model, arguments.runs) for name in arguments.preset]
     document = {"machine": machine(), "results": results}
     if arguments.json:
         print(json.dumps(document, indent=2))
@@ -56,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure(preset: str | None, model: str | None, runs: int) -> dict[str, Any]:
+def measure(preset: str, model: str | None, runs: int) -> dict[str, Any]:
     """Load and measure one preset in this process."""
     begin = time.monotonic()
     service = loaded_service(preset, model)

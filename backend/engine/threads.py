@@ -17,9 +17,8 @@ from backend.model.llama import Llama, Multiply
 # What a thread should have to read in one token: about 6 ms of streaming, against roughly 1 ms of waiting at barriers.
 BYTES_PER_THREAD = 128 << 20
 FEW_TOKENS = 4
-LARGE_PRODUCT = (
-    16 << 20
-)  # bytes; alone worth all threads, also in a step of few tokens: the output of a large vocabulary
+# Bytes of a product that is worth all threads by itself, also in a step of few tokens: a large vocabulary's output.
+LARGE_PRODUCT = 16 << 20
 
 
 class Threads:

@@ -29,7 +29,7 @@ def temperature(logits: torch.Tensor, value: float) -> torch.Tensor:
 
 
 def top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the k likeliest."""
+    """Keep the k likeliest. The chain uses `likeliest`; this is its slow twin, with the row at its full length."""
     if k >= logits.numel():
         return logits
     values, ids = likeliest(logits, k)
