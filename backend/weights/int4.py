@@ -1,80 +1,154 @@
-"""4-bit and 8-bit blocks of 32 through torch's packed 4-bit product on the CPU.
+"""4-bit codes through torch's packed 4-bit product on the CPU: one plane of them, or two for 5- to 8-bit codes.
 
 `aten::_weight_int4pack_mm_for_cpu` multiplies bfloat16 activations by 4-bit weights with one bfloat16 scale and zero
-per group of 32: value = (quant - 8) * scale + zero. It is fast in bfloat16 only (its float32 and float16 forms are
+per group of columns: value = (code - 8) * scale + zero. It is fast in bfloat16 only (its float32 and float16 forms are
 scalar loops), so scales and zeros are rounded to bfloat16 here: 8 significant bits, as a bf16 copy of the weights has.
-The 4-bit codes themselves are kept exactly.
-
-* Q4_0: value = (q - 8) d            -> scale d, zero 0
-* Q4_1: value = q d + m              -> scale d, zero m + 8 d
-* Q8_0: value = q d, q = 16 h + l - 128 with h, l in 0..15, so two 4-bit products whose sum is exact in the codes:
-        (h - 8) 16 d  +  ((l - 8) d + 8 d)
+The codes themselves are kept exactly. What planes a storage format has: planes.py, grouped.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
+import torch.nn.functional as F
 
-from backend.weights.blocks import Q4_0, Q4_1, Q8_0, BlockFormat
-from backend.weights.decode import split_q4_0, split_q4_1, split_q8_0
+from backend.kernels.cpu.repack import repack
+from backend.weights.blocks import BlockFormat
+from backend.weights.planes import Planes, block_planes
 
-GROUP = 32
-_ROW_TILE = 16  # the kernel's rows per tile
+Packed = list[
+    tuple[torch.Tensor, torch.Tensor]
+]  # planes: codes in the kernel's layout, scales and zeros (groups, out, 2)
+ROW_TILE = 16  # the kernel's rows per tile; fewer are filled up with zeros
 
 
-def can_pack(fmt: BlockFormat, rows: int) -> bool:
-    """Whether a weight of this format and number of rows has an exact place in the packed kernel."""
-    return fmt in (Q4_0, Q4_1, Q8_0) and rows % _ROW_TILE == 0
+def can_stack(parts: Sequence[Planes], rows: Sequence[int]) -> bool:
+    """Whether matrices that read the same input fit into one product: the same kind of planes, whole tiles of rows."""
+    first = parts[0]
+    return all(
+        len(part.planes) == len(first.planes) and part.group == first.group and _same(part.order, first.order)
+        for part in parts
+    ) and (len(parts) == 1 or all(count % ROW_TILE == 0 for count in rows))
 
 
 class Int4Linear:
-    """y = x W^T with W as 4-bit codes, one or two planes of them."""
+    """y = x W^T with W as planes of 4-bit codes."""
 
-    def __init__(self, planes: list[tuple[torch.Tensor, torch.Tensor]], out_features: int, in_features: int) -> None:
-        self._planes = planes  # (packed codes uint8, scales and zeros bfloat16 (groups, out, 2))
+    def __init__(
+        self, packed: Packed, out_features: int, in_features: int, group: int = 32, order: torch.Tensor | None = None
+    ) -> None:
+        self._planes, self._group, self._order = packed, group, order
         self.out_features, self.in_features = out_features, in_features
 
     @classmethod
-    def from_blocks(cls, raw: torch.Tensor, fmt: BlockFormat) -> Int4Linear:
-        """Repack whole rows, uint8 (rows, bytes per row), of Q4_0, Q4_1 or Q8_0."""
-        if fmt is Q4_0:
-            scale, quants = split_q4_0(raw)
-            planes = [_plane(quants, scale, torch.zeros_like(scale))]
-        elif fmt is Q4_1:
-            scale, minimum, quants = split_q4_1(raw)
-            planes = [_plane(quants, scale, minimum + 8 * scale)]
-        elif fmt is Q8_0:
-            scale, signed = split_q8_0(raw)
-            code = signed.view(torch.uint8) ^ 128  # q + 128
-            # Round once, so that both planes use the same value and their sum stays q times one scale.
-            scale = scale.bfloat16().float()
-            planes = [_plane(code >> 4, 16 * scale, torch.zeros_like(scale)), _plane(code & 15, scale, 8 * scale)]
-        else:
-            raise ValueError(f"{fmt.name} has no exact place in the 4-bit kernel")
-        return cls(planes, raw.shape[0], raw.shape[1] // fmt.bytes * fmt.elements)
+    def of_planes(cls, parts: Sequence[Planes]) -> Int4Linear:
+        """Matrices one above the other; `can_stack` must hold."""
+        first = parts[0]
+        packed: Packed = []
+        for number in range(len(first.planes)):
+            packed.append(_pack(*(torch.cat(tensors) for tensors in zip(*(part.planes[number] for part in parts)))))
+        rows = sum(part.planes[0][0].shape[0] for part in parts)
+        return cls(packed, rows, first.planes[0][0].shape[1], first.group, first.order)
+
+    @classmethod
+    def of_blocks(cls, raws: Sequence[torch.Tensor], fmt: BlockFormat) -> Int4Linear | None:
+        """The same from blocks as they are in the file, at once and fast; None where only `of_planes` can do it.
+
+        raws: uint8 (rows, bytes per row) of one format.
+        """
+        packed = repack(raws, fmt, _tile_rows()) if _repacks_rightly(fmt) else None
+        if packed is None:
+            return None
+        columns = raws[0].shape[1] // fmt.bytes * fmt.elements
+        return cls(packed, sum(raw.shape[0] for raw in raws), columns)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x16 = x.bfloat16()
-        total = _multiply(x16, *self._planes[0])
-        for plane in self._planes[1:]:
-            total += _multiply(x16, *plane)
-        return total
+        if self._order is not None:
+            x16 = x16.index_select(-1, self._order)
+        return self._product(x16)
 
     def nbytes(self) -> int:
+        # Without the order of columns, 8 bytes for each: no weight, and one for all that are stacked.
         return sum(codes.nbytes + scales.nbytes for codes, scales in self._planes)
 
     def twin(self) -> torch.Tensor:
         # The kernel's own layout is private to torch; multiplying the identity gives back the codes' values.
         eye = torch.eye(self.in_features, dtype=torch.bfloat16)
-        return sum(_multiply(eye, *plane) for plane in self._planes).T.contiguous()  # type: ignore[union-attr]
+        if self._order is not None:
+            eye = eye.index_select(-1, self._order)
+        return self._product(eye).T.contiguous()
+
+    def _product(self, x16: torch.Tensor) -> torch.Tensor:
+        total = self._multiply(x16, *self._planes[0])
+        for plane in self._planes[1:]:
+            total += self._multiply(x16, *plane)
+        return total if total.shape[-1] == self.out_features else total[..., : self.out_features].contiguous()
+
+    def _multiply(self, x16: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x16, codes, self._group, scales).float()
 
 
-def _plane(quants: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """quants (rows, groups, 32) 0..15, scale and zero float32 (rows, groups) -> the kernel's two tensors."""
-    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quants.flatten(1).int(), 1)
-    scales = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous().bfloat16()  # (groups, rows, 2)
-    return codes, scales
+@cache
+def _repacks_rightly(fmt: BlockFormat) -> bool:
+    """Whether compiled code and the slow way agree on this machine: the layout is private to torch. Asked once."""
+    tile = _tile_rows()
+    random = torch.Generator().manual_seed(0)
+    raw = torch.randint(0, 60, (2 * tile, 2 * fmt.bytes), dtype=torch.uint8, generator=random)
+    packed, planes = repack([raw], fmt, tile), block_planes(raw, fmt)
+    if packed is None or planes is None:
+        return False
+    expected = [_pack(*plane) for plane in planes.planes]
+    return all(torch.equal(*pair) for found, wanted in zip(packed, expected) for pair in zip(found, wanted))
 
 
-def _multiply(x16: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x16, codes, GROUP, scales).float()
+def _pack(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """codes (rows, columns) 0..15, scale and zero float32 (rows, groups) -> the kernel's two tensors."""
+    missing = -codes.shape[0] % ROW_TILE
+    if missing:
+        codes, scale, zero = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (codes, scale, zero))
+    scales = torch.stack([scale.T, zero.T], dim=-1).bfloat16()  # (groups, rows, 2)
+    return pack_codes(codes), scales
+
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 (rows, columns) 0..15 -> the kernel's own layout, uint8 (rows, columns / 2).
+
+    torch's own packing wants int32 and goes value by value; this does whole tiles in bytes, ten times as fast. The
+    layout is private to torch, so one tile of each matrix is packed by torch too, and if they differ torch does it all.
+    """
+    rows, columns = codes.shape
+    tile = _tile_rows()
+    whole = rows // tile * tile
+    if not whole:
+        return pack_codes_twin(codes)
+    packed = _pack_tiles(codes[:whole].view(-1, tile, columns))
+    if not torch.equal(packed[:tile], pack_codes_twin(codes[:tile])):
+        return pack_codes_twin(codes)
+    return torch.cat([packed, pack_codes_twin(codes[whole:])]) if whole < rows else packed
+
+
+def _tile_rows() -> int:
+    """Rows of a whole tile of torch's kernel on this processor."""
+    return 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
+
+
+def pack_codes_twin(codes: torch.Tensor) -> torch.Tensor:
+    """The same by torch's own packing."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+
+
+def _pack_tiles(tiles: torch.Tensor) -> torch.Tensor:
+    """(tiles, rows of a tile, columns) -> for each tile and column its rows' codes: row r with row r + half a tile."""
+    number, tile, columns = tiles.shape
+    low, high = tiles.chunk(2, dim=1)
+    pairs = (low | (high << 4)).transpose(1, 2)  # (tiles, columns, tile / 2)
+    return pairs.reshape(number * tile, columns // 2)
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)

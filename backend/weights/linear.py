@@ -48,31 +48,6 @@ class PlainLinear:
         return self.weight.float()
 
 
-class BlockLinear:
-    """Packed blocks kept as they are in the file and decoded a few rows at a time for each product.
-
-    Slow, exact (float32 arithmetic on the file's own values), for shapes and formats without a packed kernel.
-    """
-
-    CHUNK_ELEMENTS = 1 << 22  # decoded at once: 16 MiB of float32
-
-    def __init__(self, raw: torch.Tensor, fmt: BlockFormat) -> None:
-        self.raw, self.format = raw.clone(), fmt  # our own copy: the file may go away or change
-        self.out_features = raw.shape[0]
-        self.in_features = raw.shape[1] // fmt.bytes * fmt.elements
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        step = max(1, self.CHUNK_ELEMENTS // self.in_features)
-        parts = [F.linear(x, dequantize(rows, self.format)) for rows in self.raw.split(step)]
-        return torch.cat(parts, dim=-1)
-
-    def nbytes(self) -> int:
-        return self.raw.nbytes
-
-    def twin(self) -> torch.Tensor:
-        return dequantize(self.raw, self.format)
-
-
 class SplitLinear:
     """Several weights that read the same input, side by side, when they cannot be stored as one."""
 
@@ -91,11 +66,47 @@ class SplitLinear:
         return torch.cat([part.twin() for part in self.parts])
 
 
-class Embedding:
-    """Rows of a packed or plain table, decoded when looked up. `ids` (tokens,) int64 -> float32 (tokens, dim)."""
+class BiasedLinear:
+    """y = x W^T + b. The bias, float32 (out,), is zero where one of several stacked weights has none."""
+
+    def __init__(self, linear: Linear, bias: torch.Tensor) -> None:
+        self.linear, self.bias = linear, bias
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.bias
+
+    def nbytes(self) -> int:
+        return self.linear.nbytes() + self.bias.nbytes
+
+    def twin(self) -> torch.Tensor:
+        return self.linear.twin()
+
+
+class Embedding(Protocol):
+    """Rows of a table, looked up. `ids` (tokens,) int64 -> float32 (tokens, dim)."""
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor: ...
+
+    def nbytes(self) -> int: ...
+
+
+class PlainEmbedding:
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table = table  # (vocabulary, dim)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table.index_select(0, ids).float()
+
+    def nbytes(self) -> int:
+        return self.table.nbytes
+
+
+class BlockEmbedding:
+    """A packed table whose rows are decoded when they are looked up."""
 
     def __init__(self, raw: torch.Tensor, fmt: BlockFormat) -> None:
-        self.raw, self.format = raw.clone(), fmt
+        self.raw, self.format = raw.clone(), fmt  # our own copy: the file may go away or change
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         return dequantize(self.raw.index_select(0, ids), self.format)
