@@ -1,20 +1,20 @@
-"""What every reader gives: a description, named tensors that are read only when asked for, and the metadata.
+"""What every reader gives: a description, named tensors that are read only when asked for, and where the tokenizer is.
 
 Canonical tensor names are those of `backend.model.config.tensor_shapes` plus the optional `rope_freqs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Protocol
 
 from backend.errors import CheckpointError
 from backend.model.config import ModelConfig, tensor_shapes
-from backend.weights.blocks import BlockFormat
+from backend.tokenizer.source import TokenizerSource
+from backend.weights.blocks import BlockFormat, StorageFormat
+from backend.weights.stored import Stored
 
 # No tensor of a model that fits on one machine has more values than this; a larger product is a lie or an attack.
 MAX_ELEMENTS = 1 << 40
@@ -22,13 +22,12 @@ MAX_ELEMENTS = 1 << 40
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies. `shape` is (rows, columns) or (n,), rows being the slow dimension."""
+    """What is known of a tensor before it is read. `shape` is (rows, columns) or (n,); rows are the slow dimension."""
 
     name: str  # as in the file
     shape: tuple[int, ...]
-    format: BlockFormat
-    offset: int  # from the start of the file
-    nbytes: int
+    format: StorageFormat
+    nbytes: int  # in the file or files
 
     @property
     def elements(self) -> int:
@@ -39,25 +38,52 @@ class TensorInfo:
 
 
 class Checkpoint(Protocol):
-    """An open model file or folder. Tensors are views of the mapped file: copy what must outlive it."""
+    """An open model file or folder."""
 
-    path: Path
-    format: str  # e.g. "GGUF v3"
-    config: ModelConfig
-    tensors: Mapping[str, TensorInfo]  # by canonical name
-    metadata: Mapping[str, Any]
+    @property
+    def path(self) -> Path:
+        """What the user pointed at."""
+        ...
 
-    def raw(self, name: str) -> torch.Tensor:
-        """The tensor's bytes: uint8, shape (rows, bytes per row); a one-dimensional tensor is one row."""
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files the weights are in."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """For people, e.g. "GGUF v3", "Meta, 2 shards", "Hugging Face safetensors, 3 shards"."""
+        ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """By canonical name."""
+        ...
+
+    @property
+    def tokenizer(self) -> TokenizerSource: ...
+
+    def read(self, name: str) -> Stored:
+        """A tensor by canonical name, as views of the mapped file: decode or copy what must outlive it."""
         ...
 
 
-def checked_extent(path: Path, name: str, shape: tuple[int, ...], fmt: BlockFormat, offset: int, file_size: int) -> int:
-    """Bytes of a tensor, after checking shape x format x offset against the file. Every reader goes through here."""
+def checked_extent(
+    path: Path, name: str, shape: Sequence[int], fmt: BlockFormat, offset: int, file_size: int, start: int = 0
+) -> int:
+    """Bytes of a tensor, after checking shape x format x offset against the file. Every reader goes through here.
+
+    `start`: where in the file the part begins that tensors may lie in.
+    """
     elements = 1
     for size in shape:
         if size < 1:
-            raise CheckpointError(f"{path}: tensor '{name}' has shape {shape}; every dimension must be at least 1")
+            raise CheckpointError(
+                f"{path}: tensor '{name}' has shape {tuple(shape)}; every dimension must be at least 1"
+            )
         elements *= size
     if elements > MAX_ELEMENTS:
         raise CheckpointError(f"{path}: tensor '{name}' claims {elements} values, more than any model has")
@@ -66,7 +92,7 @@ def checked_extent(path: Path, name: str, shape: tuple[int, ...], fmt: BlockForm
     except ValueError as error:
         raise CheckpointError(f"{path}: tensor '{name}': {error}") from None
     nbytes = elements // shape[-1] * row
-    if offset < 0 or offset + nbytes > file_size:
+    if offset < start or offset + nbytes > file_size:
         raise CheckpointError(
             f"{path}: tensor '{name}' needs bytes {offset} to {offset + nbytes}, but the file has {file_size}; "
             "it is incomplete or damaged, download it again"

@@ -52,14 +52,14 @@ class Runner:
             )
 
     def _attend(self, spans: Sequence[_Span]) -> Attend:
-        pool = self.pool
+        pool, window = self.pool, self.model.config.sliding_window
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             mixed = []
             for span in spans:
                 part = slice(span.start, span.start + span.length)
                 pool.store(layer, span.slots, key[part], value[part])
-                mixed.append(attention(query[part], pool.read(layer, span.slots)))
+                mixed.append(attention(query[part], pool.read(layer, span.slots), window))
             return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
         return attend

@@ -13,11 +13,11 @@ import torch
 Run = tuple[torch.Tensor, torch.Tensor]  # keys, values: (n_kv_heads, tokens, head_dim) in the cache's type
 
 
-def attention(query: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
-    """The last `new` of all tokens look at everything up to themselves.
+def attention(query: torch.Tensor, runs: Sequence[Run], window: int | None = None) -> torch.Tensor:
+    """The last `new` of all tokens look at everything up to themselves, or at the `window` tokens that end there.
 
     query (new, n_heads, head_dim). Returns float32 (new, n_heads, head_dim). Query head h uses key-value head
-    h // (n_heads / n_kv_heads).
+    h // (n_heads / n_kv_heads). Sliding window: Mistral 7B (arXiv:2310.06825), section 2.
     """
     new, n_heads, head_dim = query.shape
     n_kv_heads = runs[0][0].shape[0]
@@ -25,7 +25,15 @@ def attention(query: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
     # The heads that share keys become rows of one query, so keys are read once: (1, n_kv_heads, new * group, head_dim).
     grouped = query.view(new, n_kv_heads, group, head_dim).transpose(0, 1).reshape(1, n_kv_heads, -1, head_dim)
     grouped = grouped.to(runs[0][0].dtype)
-    if new == 1:
+    total = sum(keys.shape[1] for keys, _ in runs)
+    if window is not None and total > window:
+        seen = _last(runs, min(total, window + new - 1))
+        if new == 1:
+            parts = [_part(grouped, run) for run in seen]
+        else:
+            run = _joined(seen)
+            parts = [_part(grouped, run, _band(new, window, run[0].shape[1], group, grouped))]
+    elif new == 1:
         parts = [_part(grouped, run) for run in runs]
     else:
         # Everybody sees all of the past, so only the new tokens among themselves need a mask: a small one.
@@ -35,7 +43,9 @@ def attention(query: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
     return mixed.reshape(new, n_heads, head_dim)
 
 
-def attention_twin(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def attention_twin(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
     """The same by the formula, one head at a time in float64: softmax(q k^T / sqrt(head_dim)) v."""
     new, n_heads, head_dim = query.shape
     n_kv_heads, total, _ = keys.shape
@@ -44,8 +54,9 @@ def attention_twin(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
         k, v = (tensor[head // (n_heads // n_kv_heads)].double() for tensor in (keys, values))
         for row in range(new):
             seen = total - new + row + 1
-            scores = k[:seen] @ query[row, head].double() / math.sqrt(head_dim)
-            out[row, head] = torch.softmax(scores, dim=0) @ v[:seen]
+            first = max(0, seen - window) if window else 0
+            scores = k[first:seen] @ query[row, head].double() / math.sqrt(head_dim)
+            out[row, head] = torch.softmax(scores, dim=0) @ v[first:seen]
     return out
 
 
@@ -81,12 +92,37 @@ def _split(runs: Sequence[Run], new: int) -> tuple[list[Run], Run]:
         if cut < keys.shape[1]:
             latest.append((keys[:, cut:], values[:, cut:]))
         past -= cut
-    if len(latest) == 1:
-        return before, latest[0]
-    return before, (torch.cat([keys for keys, _ in latest], dim=1), torch.cat([values for _, values in latest], dim=1))
+    return before, _joined(latest)
+
+
+def _joined(runs: Sequence[Run]) -> Run:
+    if len(runs) == 1:
+        return runs[0]
+    return torch.cat([keys for keys, _ in runs], dim=1), torch.cat([values for _, values in runs], dim=1)
+
+
+def _last(runs: Sequence[Run], count: int) -> list[Run]:
+    """The last `count` tokens of all runs."""
+    kept: list[Run] = []
+    for keys, values in reversed(runs):
+        if count <= 0:
+            break
+        length = min(count, keys.shape[1])
+        kept.insert(0, (keys[:, keys.shape[1] - length :], values[:, values.shape[1] - length :]))
+        count -= length
+    return kept
 
 
 def _causal(new: int, group: int, like: torch.Tensor) -> torch.Tensor:
     """(new * group, new), 0 or -inf: row r belongs to token r // group and sees the new tokens up to that one."""
     mask = torch.full((new, new), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
+    return mask.repeat_interleave(group, dim=0)
+
+
+def _band(new: int, window: int, seen: int, group: int, like: torch.Tensor) -> torch.Tensor:
+    """(new * group, seen), 0 or -inf: the seen keys end with the new tokens, and each token sees `window` of them."""
+    mask = torch.full((new, seen), float("-inf"), dtype=like.dtype, device=like.device)
+    own = torch.arange(seen - new, seen, device=like.device)[:, None]  # where each new token's own key is
+    column = torch.arange(seen, device=like.device)[None, :]
+    mask.masked_fill_((column <= own) & (column > own - window), 0.0)
     return mask.repeat_interleave(group, dim=0)

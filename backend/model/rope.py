@@ -8,8 +8,8 @@ import torch
 class Rope:
     """Turns queries and keys by their position.
 
-    Pair i of a head turns by position * theta^(-2i / head_dim) / factor_i; `factors`, float32 (head_dim / 2,), is the
-    `rope_freqs` tensor some files carry (Llama 3.1 scaling). `interleaved`: see ModelConfig.
+    Pair i of a head turns by position * theta^(-2i / head_dim) / factor_i; `factors`, (head_dim / 2,), come from
+    `ModelConfig.rope_scaling` or from the `rope_freqs` tensor some files carry. `interleaved`: see ModelConfig.
     """
 
     def __init__(
@@ -18,11 +18,10 @@ class Rope:
         theta: float,
         *,
         interleaved: bool = True,
-        linear_scale: float = 1.0,
         factors: torch.Tensor | None = None,
     ) -> None:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-        frequencies = theta ** (-exponents) / linear_scale
+        frequencies = theta ** (-exponents)
         if factors is not None:
             frequencies = frequencies / factors.double()
         self._frequencies = frequencies

@@ -1,26 +1,36 @@
 """From an open checkpoint to a model in memory, as the preset says: packed, bf16, f16 or f32.
 
-Peak memory is the finished model plus one tensor's conversion. Weights are never widened beyond what was asked.
+Peak memory is the finished model plus one tensor's conversion: values go from the mapped file straight to their final
+place, and its pages are given back at once. Weights are never widened beyond what was asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from backend.checkpoint.base import Checkpoint
 from backend.events import LoadProgress
+from backend.kernels.cpu.memory import empty
 from backend.model.llama import Layer, Llama
 from backend.model.rope import Rope
-from backend.weights import blocks
-from backend.weights.blocks import BlockFormat
-from backend.weights.decode import dequantize
-from backend.weights.int4 import Int4Linear, can_pack
-from backend.weights.linear import BlockLinear, Embedding, Linear, PlainLinear, SplitLinear
+from backend.weights.bnb import Int8Rows
+from backend.weights.int4 import Int4Linear, can_stack
+from backend.weights.int8 import Int8Linear
+from backend.weights.linear import (
+    BiasedLinear,
+    BlockEmbedding,
+    Embedding,
+    Linear,
+    PlainEmbedding,
+    PlainLinear,
+    SplitLinear,
+)
+from backend.weights.lora import LowRank, lora_linear
+from backend.weights.stored import Blocks, Stored, copy_values
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-_PLAIN = {blocks.F32: torch.float32, blocks.F16: torch.float16, blocks.BF16: torch.bfloat16}
 
 
 class Loaded:
@@ -63,79 +73,119 @@ class _Loader:
                 )
             )
         output = self._output(embedding)
-        rope = Rope(
-            config.head_dim,
-            config.rope_theta,
-            interleaved=config.rope_interleaved,
-            linear_scale=config.rope_linear_scale,
-            factors=self._vector("rope_freqs") if "rope_freqs" in self._checkpoint.tensors else None,
-        )
-        model = Llama(config, embedding, tuple(layers), self._vector("norm"), output, rope)
-        shared = isinstance(output, PlainLinear) and output.weight.data_ptr() == embedding.raw.data_ptr()
+        model = Llama(config, embedding, tuple(layers), self._vector("norm"), output, self._rope())
+        shared = isinstance(embedding, PlainEmbedding) and config.tied_output
         read = self._kept - (0 if shared else embedding.nbytes())
         return Loaded(model, self._kept, read, output.nbytes())
 
     # parts ------------------------------------------------------------------------------------------------------------
 
+    def _rope(self) -> Rope:
+        config = self._checkpoint.config
+        factors = None
+        if config.rope_scaling is not None:
+            divisors = config.rope_scaling.divisors(config.head_dim, config.rope_theta)
+            factors = torch.tensor(divisors, dtype=torch.float64)
+        if "rope_freqs" in self._checkpoint.tensors:
+            table = self._vector("rope_freqs").double()
+            factors = table if factors is None else factors * table
+        return Rope(config.head_dim, config.rope_theta, interleaved=config.rope_interleaved, factors=factors)
+
     def _vector(self, name: str) -> torch.Tensor:
-        """A norm or a table of factors: small, and always float32, as every LLaMA keeps them in computation."""
-        vector = dequantize(self._raw(name), self._format(name)).flatten()
+        """A norm, a bias or a table of factors: small, and always float32, as every LLaMA keeps them in computation."""
+        stored = self._checkpoint.read(name)
+        vector = stored.float32().flatten()
         self._count(vector.nbytes, name)
         return vector
 
     def _embedding(self) -> Embedding:
         name = "tok_embeddings"
-        fmt, raw = self._format(name), self._raw(name)
-        if self._weights != "original":
-            fmt = {"bf16": blocks.BF16, "f16": blocks.F16, "f32": blocks.F32}[self._weights]
-            raw = self._converted(name).view(torch.uint8)
-        embedding = Embedding(raw, fmt)
+        stored = self._checkpoint.read(name)
+        embedding: Embedding
+        if self._weights == "original" and isinstance(stored, Blocks):
+            embedding = BlockEmbedding(stored.raw, stored.format)
+            stored.release()
+        else:
+            embedding = PlainEmbedding(self._values([stored]))
         self._count(embedding.nbytes(), name)
         return embedding
 
     def _output(self, embedding: Embedding) -> Linear:
         if not self._checkpoint.config.tied_output:
             return self._linear("output")
-        if embedding.format in _PLAIN:
-            # One table for both uses: the rows looked up are the rows multiplied by.
-            return PlainLinear(embedding.raw.view(_PLAIN[embedding.format]))
+        if isinstance(embedding, PlainEmbedding):
+            return PlainLinear(embedding.table)  # one table for both uses
         return self._linear("tok_embeddings", count=False)
 
     def _linear(self, *names: str, count: bool = True) -> Linear:
-        """One weight, or several that read the same input stacked into one product."""
-        linear = self._stacked(names)
+        """One weight, or several that read the same input stacked into one product; with their biases."""
+        linear = self._stacked([self._checkpoint.read(name) for name in names])
         self._kept += linear.nbytes()
         if count:
             self._count(0, *names)
-        return linear
+        return self._with_bias(linear, names)
 
-    def _stacked(self, names: tuple[str, ...]) -> Linear:
-        if self._weights != "original":
-            return PlainLinear(torch.cat([self._converted(name) for name in names]))
-        tensors = [self._checkpoint.tensors[name] for name in names]
-        kinds = {(info.format, can_pack(info.format, info.shape[0])) for info in tensors}
-        if len(kinds) > 1:
-            return SplitLinear([self._stacked((name,)) for name in names])
-        fmt, packed = kinds.pop()
-        raw = torch.cat([self._raw(name) for name in names])
-        if fmt in _PLAIN:
-            return PlainLinear(raw.view(_PLAIN[fmt]))
-        return Int4Linear.from_blocks(raw, fmt) if packed else BlockLinear(raw, fmt)
+    def _with_bias(self, linear: Linear, names: Sequence[str]) -> Linear:
+        tensors = self._checkpoint.tensors
+        if not any(f"{name}_bias" in tensors for name in names):
+            return linear
+        parts = [
+            self._vector(f"{name}_bias") if f"{name}_bias" in tensors else torch.zeros(tensors[name].shape[0])
+            for name in names
+        ]
+        return BiasedLinear(linear, torch.cat(parts))
 
-    # reading ----------------------------------------------------------------------------------------------------------
+    def _stacked(self, parts: list[Stored]) -> Linear:
+        if self._weights != "original" or (None not in (kinds := {part.dtype for part in parts}) and len(kinds) == 1):
+            return PlainLinear(self._values(parts))
+        if any(isinstance(part, LowRank) for part in parts):
+            # Packed weights are kept as they are, with their adapters beside them.
+            linears = [lora_linear(part, lambda base: self._stacked([base])) for part in parts]
+            return SplitLinear(linears) if len(linears) > 1 else linears[0]
+        packed = _packed(parts)
+        if packed is not None:
+            for part in parts:
+                part.release()
+            return packed
+        if len(parts) > 1:
+            return SplitLinear([self._stacked([part]) for part in parts])
+        return PlainLinear(self._values(parts))
 
-    def _raw(self, name: str) -> torch.Tensor:
-        return self._checkpoint.raw(name)
-
-    def _format(self, name: str) -> BlockFormat:
-        return self._checkpoint.tensors[name].format
-
-    def _converted(self, name: str) -> torch.Tensor:
-        """The tensor as (out, in) in the preset's type, a slice of rows at a time so that no float32 copy exists."""
-        raw, fmt, dtype = self._raw(name), self._format(name), DTYPES[self._weights]
-        return torch.cat([dequantize(rows, fmt).to(dtype) for rows in raw.split(4096)])
+    def _values(self, parts: Sequence[Stored]) -> torch.Tensor:
+        """All rows of all parts, (rows, columns), in the preset's type; with `original` in their own, or bfloat16."""
+        dtype = DTYPES.get(self._weights) or _kept_as(parts[0].dtype)
+        out = empty((sum(part.shape[0] for part in parts), parts[0].shape[1]), dtype)
+        at = 0
+        for part in parts:
+            copy_values(part, out[at : at + part.shape[0]])
+            part.release()
+            at += part.shape[0]
+        return out
 
     def _count(self, kept: int, *names: str) -> None:
         self._kept += kept
         self._done += sum(self._checkpoint.tensors[name].nbytes for name in names)
         self._progress(LoadProgress(f"Loading {self._label}", self._done, self._total))
+
+
+def _packed(parts: Sequence[Stored]) -> Linear | None:
+    """One product of weights as they are packed in the file; None where there is no packed product for them."""
+    blocks = [part for part in parts if isinstance(part, Blocks)]
+    if len(blocks) == len(parts) and len({part.format for part in blocks}) == 1:
+        linear = Int4Linear.of_blocks([part.raw for part in blocks], blocks[0].format)
+        if linear is not None:
+            return linear
+    rows = [part for part in parts if isinstance(part, Int8Rows)]
+    if len(rows) == len(parts):
+        return Int8Linear(torch.cat([part.codes for part in rows]), torch.cat([part.scale for part in rows]))
+    planes = [planes for part in parts if (planes := part.planes()) is not None]
+    if len(planes) == len(parts) and can_stack(planes, [part.shape[0] for part in parts]):
+        return Int4Linear.of_planes(planes)
+    return None
+
+
+def _kept_as(dtype: torch.dtype | None) -> torch.dtype:
+    """Plain types stay, but for float64; what is packed and has no packed product becomes bfloat16."""
+    if dtype is None:
+        return torch.bfloat16
+    return torch.float32 if dtype == torch.float64 else dtype

@@ -8,12 +8,11 @@ from typing import Protocol
 
 from backend.model.config import ModelConfig
 from backend.presets import Preset
-from backend.weights.blocks import Q4_0, Q4_1, Q8_0, BlockFormat
+from backend.weights.blocks import BlockFormat, StorageFormat
 
 BLOCK_TOKENS = 32
 _VALUE_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
-# Bytes per block of 32 in the packed 4-bit kernel: 16 of codes and 4 of scale and zero, twice for 8-bit codes.
-_PACKED_BYTES = {Q4_0: 20, Q4_1: 20, Q8_0: 40}
+_ROW_TILE = 16  # rows the packed product takes at a time; the last tile is filled up
 
 
 class StoredTensor(Protocol):
@@ -22,7 +21,7 @@ class StoredTensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def format(self) -> BlockFormat: ...
+    def format(self) -> StorageFormat: ...
     @property
     def nbytes(self) -> int: ...
     @property
@@ -70,15 +69,37 @@ def weight_bytes(weights: str, config: ModelConfig, tensors: Mapping[str, Stored
         elif weights != "original":
             total += _VALUE_BYTES[weights] * info.elements  # a tied table serves both its uses as it is
         elif name == "tok_embeddings":
-            # A tied plain table serves both uses; of packed blocks the product has its own copy.
-            total += info.nbytes + (_linear_bytes(info) if config.tied_output and info.format.elements > 1 else 0)
+            total += _table_bytes(info)
+            # A tied table of values serves both uses; of packed blocks the product has its own copy.
+            if config.tied_output and isinstance(info.format, BlockFormat) and not info.format.plain:
+                total += _linear_bytes(info)
         else:
             total += _linear_bytes(info)
+    # Biases of several weights in one product are one vector, with zeros for those that have none.
+    for stacked in (("wq", "wk", "wv"), ("w1", "w3")):
+        if any(name in config.biases for name in stacked):
+            for n in range(config.n_layers):
+                missing = [name for name in stacked if name not in config.biases]
+                total += sum(4 * tensors[f"layers.{n}.{name}"].shape[0] for name in missing)
     return total
 
 
+def _table_bytes(info: StoredTensor) -> int:
+    """An embedding: ggml's blocks are kept as they are, the rest as values."""
+    if isinstance(info.format, BlockFormat):
+        return min(info.format.plain, 4) * info.elements if info.format.plain else info.nbytes
+    return 2 * info.elements  # decoded to bfloat16
+
+
 def _linear_bytes(info: StoredTensor) -> int:
-    packed = _PACKED_BYTES.get(info.format)
-    if packed is None or info.shape[0] % 16:
-        return info.nbytes
-    return info.elements // info.format.elements * packed
+    fmt = info.format
+    rows, columns = info.shape
+    if fmt.plain:
+        return min(fmt.plain, 4) * info.elements
+    if fmt.int8:
+        return info.elements + 4 * rows  # a float32 scale for each row
+    if fmt.planes:
+        padded = -(-rows // _ROW_TILE) * _ROW_TILE
+        # Codes, and a scale and a zero in bfloat16 for each group.
+        return fmt.planes * (padded * columns // 2 + padded * (columns // fmt.group) * 4)
+    return 2 * info.elements  # decoded to bfloat16
