@@ -9,7 +9,6 @@ Only filters and methods whose results can be bounded are there.
 from __future__ import annotations
 
 import functools
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,27 +19,48 @@ import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
-from jinja2.filters import FILTERS, make_attrgetter
+from jinja2.filters import FILTERS
+from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro, TemplateReference
 from jinja2.utils import Namespace
+
+from backend.text import filters
+from backend.text.filters import LimitError
 
 CPU_SECONDS = 1.0  # of this thread, for one rendering; templates of real models take milliseconds
 MAX_ITEMS = 100_000  # values in one list, counting those inside of them
 _MAX_BITS = 1024  # of a number
 
+_PADDING = ("center", "ljust", "rjust", "zfill")
 _TEXT_METHODS = frozenset(
-    "capitalize count endswith find index isalnum isalpha isdigit islower isspace isupper join lower lstrip partition "
-    "removeprefix removesuffix replace rfind rpartition rsplit rstrip split splitlines startswith strip title "
-    "upper".split()
+    "capitalize casefold center count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
+    "isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex rjust "
+    "rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill".split()
 )
+# Of Jinja's own: their results are no longer than what they are given. Those that can be are in filters.py.
 _FILTERS = (
-    "abs capitalize count d default dictsort e escape first float int items last length list lower map max min reject "
-    "rejectattr reverse safe select selectattr sort string title trim unique upper"
+    "abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min "
+    "reject rejectattr reverse safe select selectattr sort string title trim unique upper wordcount"
 ).split()
+_OWN_FILTERS: dict[str, Callable[..., Any]] = {
+    "format": filters.percent,
+    "indent": filters.indent,
+    "join": filters.join,
+    "replace": filters.replace,
+    "round": filters.rounded,
+    "sum": filters.total,
+    "tojson": filters.to_json,
+}
 
 
-class LimitError(jinja2.TemplateRuntimeError):
-    """The template asks for more than a prompt can need."""
+class _GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}: transformers marks with it what to train on. Here: what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's own way to name them)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 class _Generator(CodeGenerator):
@@ -83,14 +103,14 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
-    def __init__(self, filters: dict[str, Callable[..., Any]], names: dict[str, Any]) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    def __init__(self, names: dict[str, Any]) -> None:
+        extensions = [jinja2.ext.loopcontrols, _GenerationTag]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self._limits = threading.local()
         self.begin(1 << 20, MAX_ITEMS)
         self.globals.clear()
-        self.globals.update(names, range=jinja2.sandbox.safe_range, namespace=_Namespace)
-        own = {"join": _join, "replace": _replace} | filters
-        known: dict[str, Any] = {name: FILTERS[name] for name in _FILTERS} | own
+        self.globals.update(names, range=jinja2.sandbox.safe_range, namespace=_Namespace, dict=_dict)
+        known: dict[str, Any] = {name: FILTERS[name] for name in _FILTERS} | _OWN_FILTERS
         tests: dict[str, Any] = dict(self.tests)
         self.filters = {name: self._guarded(function) for name, function in known.items()}
         self.tests = {name: self._guarded(function) for name, function in tests.items()}
@@ -161,16 +181,17 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.tick()
         self.admit((args, kwargs))
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-        if isinstance(owner, str) and name in ("join", "replace"):
-            return (_join(self, args[0], owner) if name == "join" else _replace(self, owner, *args)) if args else ""
+        if isinstance(owner, str) and name in ("join", "replace") and args:
+            return filters.join(self, args[0], owner) if name == "join" else filters.replace(self, owner, *args)
+        if isinstance(owner, str) and name in _PADDING:
+            return self.admit(filters.padded(self, owner, name, args))
         return self.admit(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            if not re.fullmatch(r"(?:[^%]|%[sd%])*", left):
-                raise LimitError(f"the format {left[:40]!r} is not allowed")
             self.admit((left, right))
-        elif operator == "*" and not _is_number(left, right):
+            return self.admit(filters.percent_form(self, left, right))
+        if operator == "*" and not _is_number(left, right):
             row, times = (right, left) if isinstance(left, int) else (left, right)
             length = len(row) * max(0, times)
             self.check(length if isinstance(row, str) else 0, 0 if isinstance(row, str) else length)
@@ -188,14 +209,17 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if isinstance(obj, str):
             return attr in _TEXT_METHODS
         if isinstance(obj, dict):
-            return attr in ("get", "items", "keys", "values")
+            return attr in ("copy", "get", "items", "keys", "values")
         if isinstance(obj, list | tuple):
-            return attr in ("index", "count")
+            return attr in ("index", "count", *getattr(obj, "_fields", ()))  # groupby's pairs have names
         return isinstance(obj, Namespace | LoopContext | Macro | TemplateReference)
 
-    def wrap_str_format(self, value: Any) -> None:
-        """No str.format: it pads to any width, and `is_safe_attribute` refuses it."""
-        return None
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """str.format, for plain fields only: Python's reaches attributes and pads to any width."""
+        owner = getattr(value, "__self__", None)
+        if not isinstance(owner, str) or getattr(value, "__name__", "") != "format":
+            return None  # `is_safe_attribute` knows no format_map
+        return filters.braces(self, owner)
 
 
 class _Namespace(Namespace):
@@ -205,25 +229,10 @@ class _Namespace(Namespace):
         return "<namespace>"
 
 
+def _dict(*values: Any, **named: Any) -> dict[Any, Any]:
+    """dict, of which the class stays out of reach."""
+    return dict(*values, **named)
+
+
 def _is_number(*values: Any) -> bool:
     return all(isinstance(value, int | float) for value in values)
-
-
-@jinja2.pass_environment
-def _join(sandbox: Any, values: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
-    getter = make_attrgetter(sandbox, attribute) if attribute is not None else str
-    letters, texts = 0, []
-    for value in values:
-        sandbox.tick()
-        texts.append(str(getter(value)))
-        letters += len(texts[-1]) + len(str(d))
-        sandbox.check(letters, len(texts))
-    return str(d).join(texts)
-
-
-@jinja2.pass_environment
-def _replace(sandbox: Any, text: Any, old: Any, new: Any, count: int | None = None) -> str:
-    text, old, new, most = str(text), str(old), str(new), -1 if count is None else count
-    found = text.count(old) if most < 0 else min(most, text.count(old))
-    sandbox.check(len(text) + found * max(0, len(new) - len(old)))
-    return text.replace(old, new, most)

@@ -15,13 +15,15 @@ class TextStream:
 
     The concatenation of everything returned by `push` and `flush` does not depend on how the bytes were cut into
     tokens: it is the whole text up to where a stop string first begins. Bytes that are no UTF-8 become U+FFFD, as
-    `bytes.decode(errors="replace")` would make them.
+    `bytes.decode(errors="replace")` would make them. With `trim_start` the spaces before the first other character are
+    left out, also where a stop string is looked for.
     """
 
-    def __init__(self, stop: Sequence[str] = ()) -> None:
+    def __init__(self, stop: Sequence[str] = (), *, trim_start: bool = False) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = tuple(text for text in stop if text)
         self._held = ""
+        self._trimming = trim_start
         self.stopped = False  # a stop string was met; nothing more will come out
 
     def push(self, piece: bytes) -> str:
@@ -39,6 +41,9 @@ class TextStream:
     def _advance(self, text: str) -> str:
         if self.stopped:
             return ""
+        if self._trimming:
+            text = text.lstrip(" ")
+            self._trimming = not text
         if not self._stop:
             return text
         self._held += text

@@ -8,11 +8,17 @@ from backend.tokenizer.segments import Segment
 
 
 class Tokenizer(Protocol):
-    vocab_size: int
+    vocab_size: int  # ids are below this
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
     end_ids: frozenset[int]  # tokens that end a reply
+    adds_space_prefix: bool  # a decoded text begins with a space that is not part of the text
+    chat_template: str | None  # the model's own Jinja text; None where it has none
+    description: str  # one line for people, e.g. "SentencePiece BPE, 32,000 pieces"
 
     def encode(self, text: str) -> list[int]:
-        """Plain text: control tokens spelt in it stay text. Adds nothing."""
+        """Plain text: control tokens spelt in it stay text. Adds nothing but the vocabulary's own space prefix."""
         ...
 
     def encode_segments(self, segments: list[Segment]) -> list[int]:
