@@ -35,7 +35,7 @@ def main() -> int:
             print(f"{info.name:20} {info.error or f'{info.title} ({info.needs})'}")
         return 0
     listener = _listen(settings)  # first of all: a taken port should not cost a download
-    preset = chosen(service, arguments.preset, arguments.model)
+    preset = chosen(service, arguments)
     bar = ProgressBar()
     prepared = service.prepare(preset, bar)
     bar.close()

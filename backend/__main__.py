@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from backend.commands import bench, generate, inspect
+from backend.commands import bench, convert, generate, inspect, recover, verify
 from backend.commands.terminal import run_command
 
-COMMANDS = {"generate": generate, "inspect": inspect, "bench": bench}
+COMMANDS = {
+    "generate": generate,
+    "inspect": inspect,
+    "bench": bench,
+    "convert": convert,
+    "recover": recover,
+    "verify": verify,
+}
 
 
 def main() -> int:

@@ -27,11 +27,18 @@ class EngineRequest(Protocol):
 class Generation:
     """A running reply. Iterate for chunks; the last one carries `finish_reason`. `stop()` may be called by anyone."""
 
-    def __init__(self, token_bytes: Callable[[int], bytes], stop: tuple[str, ...], prompt_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        token_bytes: Callable[[int], bytes],
+        stop: tuple[str, ...],
+        prompt_ids: tuple[int, ...],
+        *,
+        trim_start: bool = False,
+    ) -> None:
         self.prompt_ids = prompt_ids
         self.id = ""
         self._token_bytes = token_bytes
-        self._text = TextStream(stop)
+        self._text = TextStream(stop, trim_start=trim_start)
         self._request: EngineRequest | None = None
         self._cancel: Callable[[], None] = lambda: None
         self._changed = threading.Condition()

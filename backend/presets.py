@@ -6,7 +6,7 @@ The file names come from listing the presets folder, never from a request, so no
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from backend.params import GenerationParams
 WEIGHTS = ("original", "bf16", "f16", "f32")
 DEVICES = ("auto", "cpu")
 KV_CACHES = ("auto", "f32", "bf16", "f16")
+# auto: the model's own, else what its vocabulary or name says. The others are those of backend/text/formats.py.
+PROMPT_FORMATS = (
+    "auto", "llama-2", "llama-3", "alpaca", "vicuna-v0", "vicuna-v1.1", "koala", "chatml", "mistral", "mistral-v1",
+    "mistral-v3", "mistral-tekken", "mistral-v7", "mistral-v7-tekken", "zephyr",
+)  # fmt: skip
+# Numbers of a model that may be corrected, and their ranges.
+OVERRIDES = {"norm_eps": (1e-12, 1e-1), "rope_theta": (1.0, 1e15), "rope_factor": (1e-3, 1e6), "context": (64, 1 << 24)}
 MAX_PRESET_BYTES = 1 << 16
+MAX_DIGITS = 64  # of a whole number, in any base
 
 
 @dataclass(frozen=True)
@@ -27,14 +35,16 @@ class Preset:
     """How to run one model. Defaults are what an absent key means."""
 
     name: str
-    model: str  # a file, or `starter`
+    model: str  # a file or folder | hub:org/repo[:file] | `starter`
     title: str = ""
     weights: str = "original"
     device: str = "auto"
     context: int | None = None  # tokens of one chat; None: what the model was made for
     kv_cache: str = "auto"  # type of cached keys and values; auto: f32 for f32 weights, else bf16
     kv_tokens: int | None = None  # tokens the cache holds for all chats together; None: twice the context
-    prompt_format: str = "auto"  # auto (the model's own) | chatml | FILE.jinja
+    prompt_format: str = "auto"  # one of PROMPT_FORMATS, or FILE.jinja
+    overrides: tuple[tuple[str, float], ...] = ()  # numbers that the model's files leave out, by name: OVERRIDES
+    lora: tuple[str, ...] = ()  # adapters on top of the model, each PATH or PATH=STRENGTH
     sampling: GenerationParams = field(default_factory=GenerationParams)
 
 
@@ -117,11 +127,20 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.YAMLError("aliases (*name) are not allowed in a preset")
         return super().compose_node(parent, index)
 
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        node = super().compose_scalar_node(anchor)
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:  # too long for Python to write out
+            raise yaml.YAMLError(f"a whole number of {len(node.value)} digits")
+        return node
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key '{key}' appears twice")
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):  # a list is refused below
+                if key in seen:
+                    raise yaml.YAMLError(f"the key '{key}' appears twice")
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -146,14 +165,38 @@ def _checked_value(path: Path, key: str, value: Any) -> Any:
         except ParameterError as error:
             raise PresetError(f"{path}: sampling: {error.message}") from None
         return value
+    if key == "overrides":
+        return _checked_overrides(path, value)
+    if key == "lora":
+        paths = value if isinstance(value, list) else [value]
+        if not paths or not all(isinstance(entry, str) and entry.strip() for entry in paths):
+            raise PresetError(f"{path}: lora is {value!r}, expected the path of an adapter or a list of them")
+        return tuple(paths)
     if not isinstance(value, str) or not value.strip():
         raise PresetError(f"{path}: {key} is {value!r}, expected a text")
     choices = _CHOICES.get(key)
     if choices and value not in choices:
         raise PresetError(f"{path}: {key} is '{value}', expected one of {_listed(choices)}{nearest(value, choices)}")
-    if key == "prompt_format" and value not in ("auto", "chatml") and not value.endswith(".jinja"):
-        raise PresetError(f"{path}: prompt_format is '{value}', expected auto, chatml or a file ending in .jinja")
+    if key == "prompt_format" and value not in PROMPT_FORMATS and not value.endswith(".jinja"):
+        raise PresetError(
+            f"{path}: prompt_format is '{value}', expected one of {_listed(PROMPT_FORMATS)} or a file ending in .jinja"
+            f"{nearest(value.lower(), PROMPT_FORMATS)}"
+        )
     return value
+
+
+def _checked_overrides(path: Path, value: Any) -> tuple[tuple[str, float], ...]:
+    if not isinstance(value, dict):
+        raise PresetError(f"{path}: overrides is {value!r}, expected a list of 'name: number'")
+    for name, number in value.items():
+        if name not in OVERRIDES:
+            known = nearest(str(name), OVERRIDES) or f"; known names: {_listed(OVERRIDES)}"
+            raise PresetError(f"{path}: overrides: unknown name '{name}'{known}")
+        low, high = OVERRIDES[name]
+        whole = name != "context" or isinstance(number, int)
+        if isinstance(number, bool) or not isinstance(number, int | float) or not whole or not low <= number <= high:
+            raise PresetError(f"{path}: overrides: {name} is {number!r}, expected a number from {low:g} to {high:g}")
+    return tuple(value.items())
 
 
 def _checked_tokens(path: Path, key: str, value: Any) -> int | None:

@@ -1,6 +1,6 @@
 """A preset brought to life: tokenizer, template, weights, cache and engine thread of one loaded model.
 
-The only place where text and token ids meet. Built whole or not at all.
+Built whole or not at all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from backend.cache.blocks import BlockPool
 from backend.cache.kv import KVPool
 from backend.checkpoint.base import Checkpoint
+from backend.checkpoint.lora import with_lora
 from backend.checkpoint.open import open_checkpoint
+from backend.checkpoint.override import with_overrides
 from backend.engine.engine import Engine
 from backend.engine.request import Request
 from backend.engine.runner import Runner
@@ -28,11 +30,9 @@ from backend.params import GenerationParams
 from backend.placement.load import DTYPES, load_model
 from backend.placement.plan import BLOCK_TOKENS, Plan, plan
 from backend.presets import Preset
+from backend.prompting import Prompting, choose_format
 from backend.text.messages import Message
-from backend.text.templates import CHATML, ChatTemplate
-from backend.tokenizer.base import Tokenizer
 from backend.tokenizer.open import open_tokenizer
-from backend.tokenizer.segments import ControlGuard
 
 Progress = Callable[[LoadProgress], None]
 
@@ -40,16 +40,21 @@ Progress = Callable[[LoadProgress], None]
 class Prepared:
     """Everything that can be known, and go wrong, before the weights are read."""
 
-    def __init__(self, preset: Preset, path: Path) -> None:
+    def __init__(self, preset: Preset, path: Path, adapters: Sequence[tuple[Path, float]] = ()) -> None:
+        """`adapters`: LoRA folders and their strengths, put on top of each other."""
         self.preset = preset
-        self.checkpoint: Checkpoint = open_checkpoint(path)
+        self.checkpoint: Checkpoint = with_overrides(open_checkpoint(path), dict(preset.overrides))
+        for folder, strength in adapters:
+            self.checkpoint = with_lora(self.checkpoint, folder, strength)
         config = self.checkpoint.config
         if preset.context and preset.context > config.context:
             raise PresetError(
                 f"preset {preset.name}: context is {preset.context} tokens, the model was made for {config.context}"
             )
-        self.tokenizer: Tokenizer = open_tokenizer(path, self.checkpoint.metadata, config.vocab_size)
-        self.template = _template(preset, self.checkpoint, self.tokenizer)
+        tokenizer = open_tokenizer(self.checkpoint.tokenizer, config.vocab_size)
+        name = model_name(self.checkpoint)
+        form = choose_format(preset.prompt_format, tokenizer, f"{name} {config.name}", preset.name)
+        self.prompting = Prompting(tokenizer, form, name)
         self.plan: Plan = plan(preset, config, self.checkpoint.tensors)
         free = psutil.virtual_memory().available
         if self.plan.weight_bytes > free:
@@ -65,7 +70,8 @@ class Runtime:
     def __init__(self, prepared: Prepared, max_waiting: int, progress: Progress = lambda _: None) -> None:
         torch.set_num_threads(compute_threads())
         self.preset, self.plan = prepared.preset, prepared.plan
-        self.checkpoint, self.tokenizer, self.template = prepared.checkpoint, prepared.tokenizer, prepared.template
+        self.checkpoint, self.prompting = prepared.checkpoint, prepared.prompting
+        self.tokenizer = self.prompting.tokenizer
         label = self.preset.title or self.preset.name
         loaded = load_model(self.checkpoint, self.preset.weights, label, progress)
         self.weight_bytes, self.bytes_per_token = loaded.weight_bytes, loaded.bytes_per_token
@@ -80,41 +86,26 @@ class Runtime:
     @property
     def name(self) -> str:
         """What programs call this model."""
-        return self.checkpoint.path.stem
+        return model_name(self.checkpoint)
 
     @property
     def kv_bytes(self) -> int:
         return self._kv.nbytes()
 
-    # text to ids ------------------------------------------------------------------------------------------------------
-
-    def encode_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
-        """The prompt of a chat in the model's own format. Control tokens typed in a message stay text."""
-        if self.template is None:
-            raise ParameterError(
-                f"{self.name} has no chat template; use completion, or set prompt_format in the preset"
-            )
-        guard = ControlGuard(self.tokenizer.control_tokens(), [message.content for message in messages])
-        text = self.template.render(messages, generation_prompt=generation_prompt, prepare=guard.guard)
-        return self.tokenizer.with_start(self.tokenizer.encode_segments(guard.split(text)))
-
-    def encode_message(self, text: str) -> list[int]:
-        """One user message as a whole chat."""
-        return self.encode_chat([Message("user", text)])
-
-    def encode_text(self, text: str) -> list[int]:
-        """A raw prompt: nothing added but the begin token, where the vocabulary wants one."""
-        ids = self.tokenizer.with_start(self.tokenizer.encode(text))
-        return ids or self._something_to_start_from()
-
-    def _something_to_start_from(self) -> list[int]:
-        # An empty prompt is a fair question; the end-of-text token is what models saw before unrelated texts.
-        return [min(self.tokenizer.end_ids, default=0)]
-
     # ids to a running reply -------------------------------------------------------------------------------------------
 
+    def start_chat(self, messages: Sequence[Message], params: GenerationParams, **options: bool) -> Generation:
+        """Answer a chat, in the model's format and with what ends a reply there. Options: those of `start`."""
+        return self.start(self.prompting.encode_chat(messages), params, chat=True, **options)
+
     def start(
-        self, ids: Sequence[int], params: GenerationParams, *, want_logprobs: bool = False, use_cache: bool = True
+        self,
+        ids: Sequence[int],
+        params: GenerationParams,
+        *,
+        chat: bool = False,
+        want_logprobs: bool = False,
+        use_cache: bool = True,
     ) -> Generation:
         """Submit; raises before anything runs when the prompt cannot fit or too many wait."""
         context = self.plan.context
@@ -129,11 +120,14 @@ class Runtime:
         if bad or not ids:
             found = f"token id {bad[0]}" if bad else "no tokens"
             raise ParameterError(f"the prompt has {found}; ids are from 0 to {self.tokenizer.vocab_size - 1}")
-        generation = Generation(self.tokenizer.token_bytes, params.stop, tuple(ids))
+        prompting = self.prompting
+        stop = (*params.stop, *prompting.stops) if chat else params.stop
+        trim = chat and prompting.trims_reply
+        generation = Generation(self.tokenizer.token_bytes, stop, tuple(ids), trim_start=trim)
         request = Request(
             prompt=tuple(ids),
             params=params,
-            end_ids=self.tokenizer.end_ids,
+            end_ids=prompting.end_ids,
             listener=generation,
             context=context,
             want_logprobs=want_logprobs,
@@ -162,17 +156,6 @@ def compute_threads() -> int:
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
-def _template(preset: Preset, checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
-    spelt = {}
-    for key, name in (("bos", "bos_token"), ("eos", "eos_token")):
-        token = checkpoint.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        spelt[name] = tokenizer.token_text(token) if isinstance(token, int) else ""
-    if preset.prompt_format == "chatml":
-        return ChatTemplate(CHATML, spelt)
-    if preset.prompt_format != "auto":
-        try:
-            return ChatTemplate(Path(preset.prompt_format).read_text(encoding="utf-8"), spelt)
-        except (OSError, UnicodeDecodeError) as error:
-            raise PresetError(f"preset {preset.name}: prompt_format: {error}") from None
-    source = checkpoint.metadata.get("tokenizer.chat_template")
-    return ChatTemplate(source, spelt) if isinstance(source, str) and source else None
+def model_name(checkpoint: Checkpoint) -> str:
+    """What a model is called: its folder, or its file without the ending."""
+    return checkpoint.path.name if checkpoint.path.is_dir() else checkpoint.path.stem

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from backend.checkpoint.open import open_checkpoint
+from backend.checkpoint.override import with_overrides
 from backend.errors import BusyError, EngineError, NotReadyError, UserError
 from backend.events import LoadProgress, PresetInfo, Status
 from backend.generation import Generation
@@ -78,7 +79,12 @@ class Service:
 
     def prepare(self, preset: Preset, progress: Progress = lambda _: None) -> Prepared:
         """Find (or fetch) the model and check its headers: everything that can go wrong before loading."""
-        return Prepared(preset, self._models.resolve(preset.model, PROJECT, progress))
+        adapters = [_adapter(entry) for entry in preset.lora]
+        return Prepared(
+            preset,
+            self._models.resolve(preset.model, PROJECT, progress),
+            [(self._models.resolve(place, PROJECT, progress), strength) for place, strength in adapters],
+        )
 
     def read_preset(self, name_or_file: str) -> Preset:
         """A preset by name, or from a file when the argument is a path."""
@@ -119,19 +125,19 @@ class Service:
     def chat(self, messages: Sequence[Message], params: GenerationParams) -> Generation:
         """Answer a chat. Raises UserError before anything runs when it cannot be answered."""
         runtime = self.runtime()
-        return runtime.start(runtime.encode_chat(messages), params)
+        return runtime.start_chat(messages, params)
 
     def complete(self, prompt: str | Sequence[int], params: GenerationParams) -> Generation:
         """Continue raw text, or token ids as they are."""
         runtime = self.runtime()
-        return runtime.start(runtime.encode_text(prompt) if isinstance(prompt, str) else prompt, params)
+        return runtime.start(runtime.prompting.encode_text(prompt) if isinstance(prompt, str) else prompt, params)
 
     def count_chat(self, messages: Sequence[Message]) -> int:
         """Tokens of a chat's prompt as the model would read it, without the opening of a reply."""
-        return len(self.runtime().encode_chat(messages, generation_prompt=False)) if messages else 0
+        return len(self.runtime().prompting.encode_chat(messages, generation_prompt=False)) if messages else 0
 
     def count_text(self, text: str) -> int:
-        return len(self.runtime().encode_text(text)) if text else 0
+        return len(self.runtime().prompting.encode_text(text)) if text else 0
 
     def default_params(self) -> GenerationParams:
         """The loaded preset's sampling, or the general defaults."""
@@ -203,7 +209,16 @@ class Service:
             raise UserError(f"{preset.model}: {error.strerror or error}") from None
         key = (preset, str(path), stat.st_mtime_ns, stat.st_size)
         if key not in self._needs:
-            checkpoint = open_checkpoint(path)
+            checkpoint = with_overrides(open_checkpoint(path), dict(preset.overrides))
             size = plan(preset, checkpoint.config, checkpoint.tensors)
             self._needs[key] = f"about {max(0.1, size.total_bytes / 1e9):.1f} GB of memory"
         return self._needs[key]
+
+
+def _adapter(entry: str) -> tuple[str, float]:
+    """PATH or PATH=STRENGTH of a LoRA adapter."""
+    place, equals, strength = entry.rpartition("=")
+    try:
+        return (place, float(strength)) if equals and place else (entry, 1.0)
+    except ValueError:  # the sign is part of the path
+        return entry, 1.0

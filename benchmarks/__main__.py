@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import engine, page, record
+from benchmarks import engine, loading, page, record
 
-BENCHMARKS = {module.NAME: module for module in (engine, page)}
+BENCHMARKS = {module.NAME: module for module in (engine, loading, page)}
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ def run() -> dict[str, Any]:
     presets = PresetFolder(Settings().presets_dir)
     path = ModelFolder(Settings().models_dir).resolve("starter", PROJECT)
     runtimes = {name: Runtime(Prepared(presets.read(name), path), 8) for name in presets.names()}
-    ids = next(iter(runtimes.values())).encode_text(TEXT)
+    ids = next(iter(runtimes.values())).prompting.encode_text(TEXT)
     measures: dict[str, Measure] = {f"suri {name}": _ours(runtime, ids) for name, runtime in runtimes.items()}
     for label, dtype in (("bf16", torch.bfloat16), ("f32", torch.float32)):
         measures[f"transformers {label}"] = _peer(reference_model(path, dtype), ids)

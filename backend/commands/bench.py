@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.in_process:
-        print(json.dumps(measure(arguments.preset[0], arguments.model, arguments.runs)))
+        print(json.dumps(measure(arguments)))
         return 0
     results = [_in_child(name, arguments.model, arguments.runs) for name in arguments.preset]
     document = {"machine": machine(), "results": results}
@@ -54,10 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure(preset: str, model: str | None, runs: int) -> dict[str, Any]:
-    """Load and measure one preset in this process."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load and measure one preset, the first that is named, in this process."""
+    preset, runs = arguments.preset[0], arguments.runs
     begin = time.monotonic()
-    service = loaded_service(preset, model)
+    service = loaded_service(argparse.Namespace(preset=preset, model=arguments.model, lora=[]))
     load_seconds = time.monotonic() - begin
     runtime = service.runtime()
     decode: list[float] = []
@@ -129,7 +130,7 @@ def peak_memory() -> int:
 def _one(runtime: Runtime, prompt_tokens: int, reply_tokens: int) -> Stats:
     """One uncached greedy reply to a prompt of ordinary words."""
     text = "The quick brown fox jumps over the lazy dog while the old llama hums a song. " * 40
-    ids = runtime.encode_text(text)[:prompt_tokens]
+    ids = runtime.prompting.encode_text(text)[:prompt_tokens]
     params = GenerationParams(max_tokens=reply_tokens, temperature=0.0)
     for chunk in runtime.start(ids, params, use_cache=False):
         if chunk.error is not None:

@@ -14,23 +14,40 @@ from backend.settings import Settings
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", metavar="NAME_OR_FILE", help="a preset (default: starter)")
-    parser.add_argument("--model", metavar="PATH", help="a model file to use in place of the preset's")
+    parser.add_argument(
+        "--model", metavar="PATH", help="a model (file, folder or hub:org/repo[:file]) to use in place of the preset's"
+    )
+    parser.add_argument(
+        "--lora", metavar="PATH[=STRENGTH]", action="append", default=[], help="an adapter on top; may be repeated"
+    )
 
 
-def chosen(service: Service, preset_name: str | None, model: str | None) -> Preset:
-    """The preset asked for, with its model replaced when a path is given."""
-    preset = service.read_preset(preset_name or "starter")
-    if model is None:
-        return preset
-    return dataclasses.replace(preset, name=Path(model).stem, title=Path(model).stem, model=str(Path(model).resolve()))
+def chosen(service: Service, arguments: argparse.Namespace) -> Preset:
+    """The preset asked for, with its model and adapters replaced when they are given."""
+    preset = service.read_preset(arguments.preset or "starter")
+    if arguments.model is not None:
+        preset = _with_model(preset, arguments.model)
+    if arguments.lora:
+        preset = dataclasses.replace(preset, lora=tuple(arguments.lora))
+    return preset
 
 
-def loaded_service(preset_name: str | None, model: str | None) -> Service:
+def _with_model(preset: Preset, model: str) -> Preset:
+    """Another model in the preset's place: what was said of the first, its prompt format and adapters, goes with it."""
+    if model.startswith("hub:") or model == "starter":
+        name, place = model.removeprefix("hub:").rpartition("/")[2].replace(":", " "), model
+    else:
+        path = Path(model)
+        name, place = (path.name if path.is_dir() else path.stem), str(path.resolve())
+    return dataclasses.replace(preset, name=name, title=name, model=place, prompt_format="auto", lora=(), overrides=())
+
+
+def loaded_service(arguments: argparse.Namespace) -> Service:
     """A service with the chosen preset loaded, progress on stderr."""
     service = Service(Settings())
     bar = ProgressBar()
     try:
-        service.load_preset(chosen(service, preset_name, model), bar)
+        service.load_preset(chosen(service, arguments), bar)
     finally:
         bar.close()
     return service

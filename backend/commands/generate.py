@@ -9,6 +9,7 @@ import sys
 from backend.commands.choice import add_choice, loaded_service
 from backend.generation import Generation
 from backend.params import KNOBS, GenerationParams, Knob
+from backend.text.messages import Message
 
 HELP = "continue a prompt and print the reply"
 
@@ -25,13 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     given = {knob.name: getattr(arguments, knob.name) for knob in KNOBS if getattr(arguments, knob.name) is not None}
     GenerationParams.from_mapping(given)  # a bad value should not cost a load
-    service = loaded_service(arguments.preset, arguments.model)
+    service = loaded_service(arguments)
     try:
         params = GenerationParams.from_mapping(given, service.default_params())
         prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
         runtime = service.runtime()
-        ids = runtime.encode_message(prompt) if arguments.chat else runtime.encode_text(prompt)
-        generation = runtime.start(ids, params, want_logprobs=arguments.json)
+        if arguments.chat:
+            generation = runtime.start_chat([Message("user", prompt)], params, want_logprobs=arguments.json)
+        else:
+            generation = runtime.start(runtime.prompting.encode_text(prompt), params, want_logprobs=arguments.json)
         return _print_json(generation) if arguments.json else _print_text(generation)
     finally:
         service.close()

@@ -1,0 +1,84 @@
+"""python -m backend convert SRC DST: rewrite a model as a GGUF file or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from backend.checkpoint.open import open_checkpoint
+from backend.commands.terminal import ProgressBar
+from backend.convert.mixes import MIXES
+from backend.convert.output import ConvertError, check_target
+from backend.convert.to_gguf import AS_STORED, GGUFPlan, plan_gguf, write_gguf
+from backend.convert.to_hf import HFPlan, plan_hf, write_hf
+
+HELP = "rewrite a model as a GGUF file or a Hugging Face folder, in another number format if asked"
+HF_TYPES = ("f32", "f16", "bf16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SRC", help="any model file or folder that can be opened")
+    parser.add_argument("target", type=Path, metavar="DST", help="a name ending in .gguf, or a folder for Hugging Face")
+    parser.add_argument("--to", choices=("gguf", "hf"), help="default: by the name of DST")
+    parser.add_argument(
+        "--type", metavar="TYPE", type=str.lower, help=f"{', '.join(MIXES)}; hf: {', '.join(HF_TYPES)}; default: as SRC"
+    )
+    parser.add_argument("--force", action="store_true", help="write over what is there")
+    parser.add_argument("--vocab-only", action="store_true", help="write the keys and the vocabulary, no weights")
+    parser.add_argument("--dump", action="store_true", help="print what would be written, write nothing")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of hf files (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    target: Path = arguments.target
+    to = arguments.to or ("gguf" if target.suffix.lower() == ".gguf" else "hf")
+    kind = arguments.type
+    known = tuple(MIXES) if to == "gguf" else HF_TYPES
+    if kind is not None and kind not in known:
+        raise ConvertError(f"--type {kind}: expected one of {', '.join(known)} for {to}")
+    source = open_checkpoint(arguments.source)
+    plan: GGUFPlan | HFPlan
+    if to == "gguf":
+        plan = plan_gguf(source, kind or AS_STORED, arguments.vocab_only)
+    elif arguments.vocab_only:
+        raise ConvertError("--vocab-only writes a GGUF file; give DST a name ending in .gguf")
+    else:
+        plan = plan_hf(source, kind, parse_size(arguments.max_shard_size))
+    if arguments.dump:
+        _dump(plan)
+        return 0
+    check_target(target, [arguments.source, *source.files], arguments.force)
+    bar = ProgressBar()
+    try:
+        if isinstance(plan, GGUFPlan):
+            write_gguf(source, plan, target, bar)
+        else:
+            write_hf(source, plan, target, bar)
+    finally:
+        bar.close()
+    print(f"{target}: {plan.nbytes:,} bytes, {len(plan.tensors)} tensors")
+    return 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "300MiB", "1000"."""
+    number = text.rstrip("BbiIkKmMgG")
+    unit = text[len(number) :].lower()
+    scale = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+    try:
+        size = int(float(number) * scale[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise ConvertError(f"'{text}' is no size; write for example 5GB or 300MiB") from None
+    if size < 1:
+        raise ConvertError(f"'{text}' is no size; it must be at least one byte")
+    return size
+
+
+def _dump(plan: GGUFPlan | HFPlan) -> None:
+    for key, value in plan.keys.items():
+        shown = f"[{len(value)} values]" if isinstance(value, list) and len(value) > 8 else json.dumps(value)
+        print(f"{key} = {shown}")
+    for name, tensor in plan.tensors.items():
+        print(f"{tensor.name:48} {tensor.format.name:6} {list(tensor.shape)!s:16} {tensor.nbytes:>14,} from {name}")
+    print(f"{len(plan.tensors)} tensors, {plan.nbytes:,} bytes")

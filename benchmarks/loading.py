@@ -1,0 +1,116 @@
+"""How fast a model file becomes a model: bytes of file per second, beside reading the same file and doing nothing.
+
+Files are made here: four layers of LLaMA 7B's shape with random blocks, one file a type. Each round reads the file and
+loads it, once from the page cache and once after asking the system to forget it, in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from backend.checkpoint.open import open_checkpoint
+from backend.placement.load import load_model
+
+NAME = "loading"
+TYPES = ("Q4_0", "Q4_K", "Q8_0", "Q6_K", "F16")
+DIM, FFN, LAYERS, VOCABULARY, ROUNDS = 4096, 11008, 4, 2048, 5
+
+
+def run() -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    results: dict[str, Any] = {"threads": threads, "rounds": ROUNDS, "layers": LAYERS, "types": {}}
+    print(f"{'':6} {'MB':>6} {'cached: read, load MB/s':>26} {'ratio':>6} {'cold: read, load MB/s':>26} {'ratio':>6}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in TYPES:
+            path = write_model(Path(folder) / f"{name}.gguf", name)
+            row = _measured(path)
+            path.unlink()
+            results["types"][name] = row
+            print(
+                f"{name:6} {row['megabytes']:6.0f} {row['read_cached']:13.0f} {row['load_cached']:12.0f} "
+                f"{row['load_cached'] / row['read_cached']:6.2f} {row['read_cold']:13.0f} {row['load_cold']:12.0f} "
+                f"{row['load_cold'] / row['read_cold']:6.2f}"
+            )
+    return results
+
+
+def write_model(path: Path, name: str) -> Path:
+    """A GGUF file of random blocks whose scales are ordinary numbers."""
+    kind = gguf.GGMLQuantizationType[name]
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    numbers = {
+        "block_count": LAYERS, "context_length": 2048, "embedding_length": DIM, "feed_forward_length": FFN,
+        "attention.head_count": 32,
+    }  # fmt: skip
+    for key, number in numbers.items():
+        writer.add_uint32(f"llama.{key}", number)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+
+    def add(tensor: str, rows: int, columns: int) -> None:
+        raw = random.integers(0, 60, (rows, columns // elements * size), dtype=np.uint8)
+        if name == "F16":
+            writer.add_tensor(tensor, raw.view(np.float16))
+        else:
+            writer.add_tensor(tensor, raw, raw_dtype=kind)
+
+    add("token_embd.weight", VOCABULARY, DIM)
+    add("output.weight", VOCABULARY, DIM)
+    writer.add_tensor("output_norm.weight", np.ones(DIM, np.float32))
+    for n in range(LAYERS):
+        for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(f"blk.{n}.{part}.weight", DIM, DIM)
+        add(f"blk.{n}.ffn_gate.weight", FFN, DIM)
+        add(f"blk.{n}.ffn_up.weight", FFN, DIM)
+        add(f"blk.{n}.ffn_down.weight", DIM, FFN)
+        for part in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{n}.{part}.weight", np.ones(DIM, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _measured(path: Path) -> dict[str, float]:
+    """Medians in megabytes of file per second."""
+    seconds: dict[str, list[float]] = {"read_cached": [], "load_cached": [], "read_cold": [], "load_cold": []}
+    os.sync()
+    for number in range(ROUNDS + 1):  # the first round warms up
+        for name, times in seconds.items():
+            if name.endswith("cold"):
+                _forget(path)
+            begun = time.perf_counter()
+            _read(path) if name.startswith("read") else _load(path)
+            if number:
+                times.append(time.perf_counter() - begun)
+    megabytes = path.stat().st_size / 1e6
+    return {"megabytes": megabytes} | {name: megabytes / statistics.median(times) for name, times in seconds.items()}
+
+
+def _read(path: Path) -> None:
+    buffer = bytearray(1 << 24)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def _load(path: Path) -> None:
+    load_model(open_checkpoint(path), "original", "benchmark")
+
+
+def _forget(path: Path) -> None:
+    """Drop the file's pages from the cache, where the system has a way to ask for it."""
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
