@@ -8,11 +8,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_MESSAGE = 2000  # letters
+
 
 class UserError(Exception):
     """One clear sentence: what was found, where, and what was expected.
 
     `status` is the HTTP status, `kind` the OpenAI error type, `code` the machine-readable reason, `param` the field.
+    The sentence may quote what a file or a request says, so it is made one printable line of bounded length: control
+    characters could do things to a terminal.
     """
 
     status = 400
@@ -20,6 +24,7 @@ class UserError(Exception):
     code: str | None = None
 
     def __init__(self, message: str, *, param: str | None = None, **extra: object) -> None:
+        message = _one_line(message)
         super().__init__(message)
         self.message = message
         self.param = param
@@ -92,6 +97,15 @@ class EngineError(UserError):
 
 class StartError(UserError):
     """The server cannot start as asked (port taken, unsafe address): one line and exit code 2."""
+
+
+def _one_line(message: str) -> str:
+    message = " ".join(message.splitlines())
+    if not message.isprintable():
+        message = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE // 2]} … {message[-MAX_MESSAGE // 4 :]}"
+    return message
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

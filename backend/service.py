@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from backend.checkpoint.lora import parse_adapter
 from backend.checkpoint.open import open_checkpoint
 from backend.checkpoint.override import with_overrides
 from backend.errors import BusyError, EngineError, NotReadyError, UserError
@@ -79,7 +80,7 @@ class Service:
 
     def prepare(self, preset: Preset, progress: Progress = lambda _: None) -> Prepared:
         """Find (or fetch) the model and check its headers: everything that can go wrong before loading."""
-        adapters = [_adapter(entry) for entry in preset.lora]
+        adapters = [parse_adapter(entry) for entry in preset.lora]
         return Prepared(
             preset,
             self._models.resolve(preset.model, PROJECT, progress),
@@ -213,12 +214,3 @@ class Service:
             size = plan(preset, checkpoint.config, checkpoint.tensors)
             self._needs[key] = f"about {max(0.1, size.total_bytes / 1e9):.1f} GB of memory"
         return self._needs[key]
-
-
-def _adapter(entry: str) -> tuple[str, float]:
-    """PATH or PATH=STRENGTH of a LoRA adapter."""
-    place, equals, strength = entry.rpartition("=")
-    try:
-        return (place, float(strength)) if equals and place else (entry, 1.0)
-    except ValueError:  # the sign is part of the path
-        return entry, 1.0

@@ -28,6 +28,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     format: StorageFormat
     nbytes: int  # in the file or files
+    beside: int = 0  # bytes of adapters that stay in memory beside a packed weight (on a plain one they are merged)
 
     @property
     def elements(self) -> int:

@@ -74,6 +74,10 @@ class LoraCheckpoint:
         if self.config.tied_output and "output" in {*pairs, *whole}:  # the output changes, the embedding does not
             self.config = replace(base.config, tied_output=False)
             tensors.setdefault("output", tensors["tok_embeddings"])
+        for name, pair in pairs.items():
+            rows, rank = pair.b.shape
+            kept = 4 * rank * (rows + pair.a.shape[1])  # A and B in float32
+            tensors[name] = replace(tensors[name], beside=tensors[name].beside + kept)
         self.tensors: Mapping[str, TensorInfo] = tensors
 
     @property
@@ -96,6 +100,15 @@ class LoraCheckpoint:
         if name == "output" and self._base.config.tied_output:
             return self._without_product("tok_embeddings")
         return self._base.read(name)
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """PATH or PATH=STRENGTH, as presets and --lora have it."""
+    place, equals, strength = text.rpartition("=")
+    try:
+        return (place, float(strength)) if equals and place else (text, 1.0)
+    except ValueError:  # the sign is part of the path
+        return text, 1.0
 
 
 def with_lora(checkpoint: Checkpoint, adapter: Path, strength: float = 1.0) -> LoraCheckpoint:

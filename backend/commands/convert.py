@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from backend.checkpoint.lora import parse_adapter, with_lora
 from backend.checkpoint.open import open_checkpoint
 from backend.commands.terminal import ProgressBar
 from backend.convert.mixes import MIXES
@@ -24,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--type", metavar="TYPE", type=str.lower, help=f"{', '.join(MIXES)}; hf: {', '.join(HF_TYPES)}; default: as SRC"
     )
+    parser.add_argument(
+        "--lora", metavar="PATH[=STRENGTH]", action="append", default=[], help="an adapter to merge; may be repeated"
+    )
     parser.add_argument("--force", action="store_true", help="write over what is there")
     parser.add_argument("--vocab-only", action="store_true", help="write the keys and the vocabulary, no weights")
     parser.add_argument("--dump", action="store_true", help="print what would be written, write nothing")
@@ -38,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     if kind is not None and kind not in known:
         raise ConvertError(f"--type {kind}: expected one of {', '.join(known)} for {to}")
     source = open_checkpoint(arguments.source)
+    for place, strength in map(parse_adapter, arguments.lora):
+        source = with_lora(source, Path(place), strength)
     plan: GGUFPlan | HFPlan
     if to == "gguf":
         plan = plan_gguf(source, kind or AS_STORED, arguments.vocab_only)

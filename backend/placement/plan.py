@@ -26,6 +26,8 @@ class StoredTensor(Protocol):
     def nbytes(self) -> int: ...
     @property
     def elements(self) -> int: ...
+    @property
+    def beside(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,14 @@ def _linear_bytes(info: StoredTensor) -> int:
     rows, columns = info.shape
     if fmt.plain:
         return min(fmt.plain, 4) * info.elements
+    return info.beside + _packed_bytes(fmt, rows, columns)
+
+
+def _packed_bytes(fmt: StorageFormat, rows: int, columns: int) -> int:
     if fmt.int8:
-        return info.elements + 4 * rows  # a float32 scale for each row
+        return rows * columns + 4 * rows  # a float32 scale for each row
     if fmt.planes:
         padded = -(-rows // _ROW_TILE) * _ROW_TILE
         # Codes, and a scale and a zero in bfloat16 for each group.
         return fmt.planes * (padded * columns // 2 + padded * (columns // fmt.group) * 4)
-    return 2 * info.elements  # decoded to bfloat16
+    return 2 * rows * columns  # decoded to bfloat16

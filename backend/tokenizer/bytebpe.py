@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from backend.errors import CheckpointError, nearest
 from backend.tokenizer.bytelevel import spelt_bytes
 from backend.tokenizer.ggufkeys import GGUFKeys
-from backend.tokenizer.library import plain_encoder, set_up
+from backend.tokenizer.library import check_merges, plain_encoder, set_up
 from backend.tokenizer.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from backend.tokenizer.vocabulary import (
     CONTROL,
@@ -106,6 +106,7 @@ def _engine(
     vocab = {text: token for token, text in reversed(list(enumerate(tokens)))}  # of doubles, the first counts
     for text in hidden:  # what is not there cannot be typed
         vocab.pop(text, None)
+    check_merges(path, vocab, pairs)
 
     def build() -> Tokenizer:
         engine = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre.whole_first))

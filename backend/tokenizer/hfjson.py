@@ -20,7 +20,7 @@ from backend.errors import CheckpointError
 from backend.tokenizer.bytelevel import spelt_bytes
 from backend.tokenizer.hfparts import check_decoder, check_normalizer, check_pre_tokenizer, first_token, walk
 from backend.tokenizer.jsonfile import read_json
-from backend.tokenizer.library import plain_encoder, set_up
+from backend.tokenizer.library import check_merges, plain_encoder, set_up
 from backend.tokenizer.sidefiles import SideFiles
 from backend.tokenizer.vocabulary import (
     CONTROL,
@@ -236,6 +236,7 @@ def _engine(
         for left, right in merges
         if left not in hidden and right not in hidden and left + right not in hidden
     ]
+    check_merges(path, vocab, pairs)
 
     def build() -> Tokenizer:
         parts = {name: content.get(name) for name in ("normalizer", "pre_tokenizer")}

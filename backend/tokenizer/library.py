@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -17,6 +17,16 @@ def set_up(path: Path, what: str, build: Callable[[], Tokenizer]) -> Tokenizer:
         return build()
     except BaseException as error:
         raise _sentence(path, what, error) from None
+
+
+def check_merges(path: Path, vocab: Mapping[str, int], pairs: Iterable[tuple[str, str]]) -> None:
+    """Every merge must join two tokens into a third: the library panics, and writes that out, for some that do not."""
+    for left, right in pairs:
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise CheckpointError(
+                f"{path}: the vocabulary does not fit its merges: one joins {left!r:.60} and {right!r:.60}, but one of "
+                "these or what they make is no token"
+            )
 
 
 def plain_encoder(path: Path, engine: Tokenizer, later: Tokenizer | None = None) -> EncodePlain:
