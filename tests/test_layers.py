@@ -22,17 +22,17 @@ MAX_LINES = 400
 
 LEVEL_0 = (
     "backend.params", "backend.events", "backend.errors", "backend.settings", "backend.text.messages",
-    "backend.model.config", "backend.weights.blocks",
+    "backend.model.config", "backend.weights.blocks", "backend.tokenizer.source",
 )  # fmt: skip
 NO_TORCH = (
     *LEVEL_0, "backend.text", "backend.tokenizer", "backend.presets", "backend.models", "backend.store",
     "backend.cache.blocks", "backend.engine.request", "backend.engine.scheduler", "backend.placement.plan",
-    "backend.generation",
+    "backend.generation", "backend.prompting", "backend.hub", "backend.hub_download",
 )  # fmt: skip
 LEVEL_1 = (*NO_TORCH, "backend.model", "backend.weights", "backend.kernels", "backend.checkpoint", "backend.sampling",
            "backend.cache")  # fmt: skip
 LEVEL_2 = (*LEVEL_1, "backend.placement", "backend.engine", "backend.convert", "backend.remote")
-LEVEL_3 = (*LEVEL_2, "backend.runtime", "backend.service")
+LEVEL_3 = (*LEVEL_2, "backend.prompting", "backend.runtime", "backend.service")
 
 # room -> what of ours it may import besides itself; the longest name that fits counts
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -40,7 +40,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "backend.text": LEVEL_0,
     "backend.tokenizer": LEVEL_0,
     "backend.presets": LEVEL_0,
-    "backend.models": LEVEL_0,
+    "backend.models": (*LEVEL_0, "backend.hub", "backend.hub_download"),
+    "backend.hub": LEVEL_0,
+    "backend.hub_download": (*LEVEL_0, "backend.hub"),
+    "backend.prompting": (*LEVEL_0, "backend.text", "backend.tokenizer"),
     "backend.store": LEVEL_0,
     "backend.generation": (*LEVEL_0, "backend.text.stream"),
     "backend.cache.blocks": LEVEL_0,
@@ -51,13 +54,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "backend.model": LEVEL_0,
     "backend.kernels": LEVEL_0,
     "backend.weights": (*LEVEL_0, "backend.kernels"),
-    "backend.checkpoint": LEVEL_0,
+    "backend.checkpoint": (*LEVEL_0, "backend.weights"),
     "backend.sampling": LEVEL_0,
     "backend.placement": (*LEVEL_1, "backend.placement"),
     "backend.engine": LEVEL_1,
     "backend.convert": LEVEL_1,
     "backend.remote": LEVEL_1,
-    "backend.runtime": LEVEL_2,
+    "backend.runtime": (*LEVEL_2, "backend.prompting"),
     "backend.service": (*LEVEL_2, "backend.runtime"),
     "backend.api": (*LEVEL_0, "backend.service", "backend.generation"),
     "ui": (*LEVEL_0, "backend.generation"),

@@ -34,6 +34,20 @@ def test_attention_equals_the_formula(heads, kv_heads, new, lengths):
         assert (small.double() - expected).abs().max() < bound * expected.abs().max()
 
 
+@pytest.mark.parametrize("lengths", [[40], [16, 24], [1, 7, 32], [30, 7, 3]])
+@pytest.mark.parametrize("new", [1, 2, 13, 40])
+@pytest.mark.parametrize("window", [1, 5, 16, 39, 40, 100])
+def test_a_sliding_window_equals_the_formula(window, new, lengths):
+    torch.manual_seed(window + new)
+    query = torch.randn(new, 6, 16)
+    keys, values = torch.randn(2, 40, 16), torch.randn(2, 40, 16)
+    expected = attention_twin(query, keys, values, window)
+    ours = attention(query, list(zip(cut(keys, lengths), cut(values, lengths))), window)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
+    if window < 40:
+        assert not torch.allclose(expected, attention_twin(query, keys, values)), "the window changes something"
+
+
 def test_attention_with_one_huge_score():
     query, keys = torch.zeros(1, 1, 8), torch.zeros(1, 5, 8)
     values = torch.arange(40, dtype=torch.float32).view(1, 5, 8)
@@ -45,7 +59,7 @@ def test_attention_with_one_huge_score():
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("factors", [None, torch.tensor([1.0, 2.0, 4.0, 8.0])])
 def test_rope_turns_each_pair_by_its_angle(interleaved, factors):
-    rope = Rope(8, 10000.0, interleaved=interleaved, linear_scale=2.0, factors=factors)
+    rope = Rope(8, 10000.0, interleaved=interleaved, factors=2 * (torch.ones(4) if factors is None else factors))
     positions = [0, 1, 77, 100_000]
     x = torch.randn(len(positions), 3, 8)
     ours = rope.apply(x, rope.turns(torch.tensor(positions)))

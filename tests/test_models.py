@@ -184,7 +184,7 @@ def test_files_of_the_users(folder: ModelFolder, tmp_path: Path, monkeypatch: py
     assert "c.gguf" in caught.value.message
     assert str(folder.folder) in caught.value.message
     with pytest.raises(PresetError, match="hub:"):
-        folder.resolve("hub:someone/model", tmp_path)
+        folder.resolve("hub:no-repository", tmp_path)
 
 
 # pip, played by a script ------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def reference():
 @lru_cache(maxsize=1)
 def english() -> tuple[list[int], torch.Tensor]:
     """513 tokens of English and the reference's log-probabilities at the first 512."""
-    ids = starter("f32").encode_text(TEXT)[:513]
+    ids = starter("f32").prompting.encode_text(TEXT)[:513]
     assert len(ids) == 513
     return ids, reference_logits(reference(), ids)[:-1].log_softmax(-1)
 
@@ -55,7 +55,7 @@ def cost(logits: torch.Tensor) -> tuple[float, float]:
 def test_greedy_text_in_f32_is_the_references(prompt):
     # Each token must be the reference's argmax after the same prefix; by induction the whole text is its greedy text.
     runtime = starter("f32")
-    ids = runtime.encode_text(prompt)
+    ids = runtime.prompting.encode_text(prompt)
     _, reply, last = read(runtime.start(ids, GREEDY, use_cache=False))
     assert last.finish_reason == "length" or reply[-1] in runtime.tokenizer.end_ids
     assert len(reply) == 64 or last.finish_reason == "stop"
@@ -98,7 +98,7 @@ def test_a_chat_evaluates_only_what_is_new(weights):
     known: list[int] = []  # ids whose keys and values were computed: all but the last drawn one
     for question in questions:
         messages.append(Message("user", question))
-        ids = runtime.encode_chat(messages)
+        ids = runtime.prompting.encode_chat(messages)
         shared = next((i for i, (a, b) in enumerate(zip(ids, known)) if a != b), min(len(ids), len(known)))
         before = runtime.runner.tokens_evaluated
         text, reply, last = read(runtime.start(ids, params))
@@ -109,14 +109,14 @@ def test_a_chat_evaluates_only_what_is_new(weights):
         assert runtime.runner.tokens_evaluated - before == new + len(reply) - 1
         known = (ids + reply)[:-1]
         messages.append(Message("assistant", text))
-    _, uncached, _ = read(runtime.start(runtime.encode_chat(messages[:-1]), params, use_cache=False))
+    _, uncached, _ = read(runtime.start(runtime.prompting.encode_chat(messages[:-1]), params, use_cache=False))
     assert reply == uncached
 
 
 def test_regenerate_reads_nothing_again_but_the_last_token():
     runtime = starter("original")
     runtime.blocks.clear()
-    ids = runtime.encode_chat([Message("user", "Tell me about the sea in two sentences.")])
+    ids = runtime.prompting.encode_chat([Message("user", "Tell me about the sea in two sentences.")])
     read(runtime.start(ids, GenerationParams(seed=1, max_tokens=40)))
     _, _, last = read(runtime.start(ids, GenerationParams(seed=2, max_tokens=40)))
     assert last.stats.evaluated_tokens == 1  # its logits are needed, its keys are not new
@@ -125,7 +125,7 @@ def test_regenerate_reads_nothing_again_but_the_last_token():
 def test_a_batch_gives_each_what_it_would_get_alone():
     runtime = starter("f32")
     params = GenerationParams(temperature=0.9, seed=11, max_tokens=24)
-    prompts = [runtime.encode_text(prompt) for prompt in PROMPTS]
+    prompts = [runtime.prompting.encode_text(prompt) for prompt in PROMPTS]
     alone = [read(runtime.start(ids, params, use_cache=False))[1] for ids in prompts]
     together = [runtime.start(ids, params, use_cache=False) for ids in prompts]
     assert [read(generation)[1] for generation in together] == alone

@@ -8,7 +8,7 @@ import pytest
 
 from backend.errors import PresetError
 from backend.params import GenerationParams
-from backend.presets import MAX_PRESET_BYTES, Preset, PresetFolder
+from backend.presets import MAX_PRESET_BYTES, PROMPT_FORMATS, Preset, PresetFolder
 from backend.settings import PROJECT
 
 
@@ -41,6 +41,11 @@ def test_all_keys(folder: Path) -> None:
         name="mine", model="a.gguf", title="T", weights="f16", device="cpu", context=64, kv_cache="f32",
         kv_tokens=128, prompt_format="chatml", sampling=GenerationParams(temperature=0, stop=("a", "b")),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [*PROMPT_FORMATS, "mine.jinja", "/a folder/Mine.jinja"])
+def test_prompt_formats(folder: Path, value: str) -> None:
+    assert read(folder, f"model: x\nprompt_format: {value}\n").prompt_format == value
 
 
 def test_defaults_are_what_an_absent_key_means(folder: Path) -> None:
@@ -97,13 +102,18 @@ BAD = {
     "context null": ("model: x\ncontext:", "context"),
     "model empty": ("model: ''", "model"),
     "model number": ("model: 7", "model"),
-    "prompt format": ("model: x\nprompt_format: alpaca", "jinja"),
+    "prompt format": ("model: x\nprompt_format: gpt", "jinja"),
+    "prompt format near": ("model: x\nprompt_format: lama-2", "did you mean 'llama-2'"),
+    "prompt format, large letters": ("model: x\nprompt_format: ChatML", "did you mean 'chatml'"),
+    "prompt format number": ("model: x\nprompt_format: 2", "expected a text"),
     "sampling list": ("model: x\nsampling: [1]", "sampling"),
     "sampling key": ("model: x\nsampling: {temprature: 1}", "did you mean 'temperature'"),
     "sampling range": ("model: x\nsampling: {top_p: 1.5}", "top_p"),
     "sampling nan": ("model: x\nsampling: {top_p: .nan}", "top_p"),
     "key twice": ("model: x\nmodel: y", "twice"),
     "key twice inside": ("model: x\nsampling: {top_p: 1, top_p: 0.5}", "twice"),
+    "key twice among many": ("model: x\n" + "".join(f"k{n}:\n" for n in range(3000)) + "k7:\n", "'k7' appears twice"),
+    "number of many bits": ("model: x\ncontext: 0b" + "1" * 20000, "20002 digits"),
     "alias": ("model: &a x\ntitle: *a", "aliases"),
     "laughs": ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "aliases"),
     "python object": ("model: !!python/object/apply:os.system ['true']", "python"),

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import time
+import types
+from typing import Any
 
+import jinja2
 import pytest
 from gguf import GGUFReader
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
-from backend.errors import CheckpointError, UserError
+from backend.errors import CheckpointError
 from backend.text import sandbox
 from backend.text.messages import Message
-from backend.text.templates import CHATML, MAX_TEMPLATE, ChatTemplate, TemplateError
+from backend.text.templates import CHATML, CUT, MAX_TEMPLATE, ChatTemplate, TemplateError
+from tests.material import llama_cpp_models
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 
@@ -69,7 +76,8 @@ def test_chatml_differs_from_the_starter_only_in_the_system_turn() -> None:
 FEATURES = [
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{{ '[INST] ' + m['content'].strip() + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
     "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
     "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}"
     "{% for m in rest %}{% if loop.index0 == 0 and system != false %}{{ '<<SYS>>' ~ system ~ '<</SYS>>' }}{% endif %}"
@@ -83,6 +91,20 @@ FEATURES = [
     "length }} {{ messages | tojson }} {{ [1, 2.5, 'x', none, true] | tojson }} {{ {'k': 'v'}.items() | list }}",
     "{{ '%s-%d' % ('a', 3) }} {{ 'abc'[::-1] }} {{ 'a,b'.split(',')[1] }} {{ 7 // 2 }} {{ 2 ** 5 }} {{ 'ab' * 2 }} "
     "{{ [0] * 2 + [1] }} {{ ', '.join(['x', 'y']) }} {{ missing is defined }} {{ '' ~ 1 ~ 'z' }} {{ 'x' in 'xyz' }}",
+    "{{ 'a\n\nb\n' | indent }}|{{ 'a\n\nb' | indent(2, true) }}|{{ 'a\n\nb' | indent('> ', blank=true) }}|"
+    "{{ '' | indent }}|{{ '%s is %05.2f%%' | format('a', 2) }} {{ '%(x)s' | format(x=1) }} {{ '%-4s|' % 'a' }}",
+    "{{ 2.567 | round(1) }} {{ 2.5 | round }} {{ 2.41 | round(1, 'ceil') }} {{ 2.49 | round(method='floor') | int }}",
+    "{{ [1, 2.5] | sum }} {{ [{'n': 1}, {'n': 2}] | sum(attribute='n') }} {{ [1] | sum(start=4) }}",
+    "{% for g in messages | groupby('role') %}{{ g.grouper }}={{ g.list | length }};{% endfor %}"
+    "{% for role, turns in messages | groupby('role') %}{{ role }}{{ turns[0].content }}{% endfor %}",
+    "{{ '{}-{}'.format(1, 'a') }} {{ '{1}{0}{1}'.format('a', 'b') }} {{ '{x}{{}}'.format(x='y') }}",
+    "{{ 'a'.center(5) }}|{{ 'a'.ljust(3, '.') }}|{{ '7'.rjust(3) }}|{{ '7'.zfill(3) }}|{{ 'aB'.swapcase() }}",
+    "{{ {'b': 1, 'a': '<é>'} | tojson(indent=2, sort_keys=true) }} {{ [1, 2] | tojson(separators=(',', ':')) }} "
+    "{{ 'é' | tojson(ensure_ascii=true) }} {{ dict(a=1) }} {{ 'a b  c' | wordcount }}",
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% set x = 1 %}\n"
+    "{% endgeneration %}{{ x }}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "{{ tools is none }} {{ documents is none }} {{ tools is defined }} {{ enable_thinking is defined }}"
+    "{% if tools %}tools{% endif %}{% if not tools is defined %}{% set tools = none %}{% endif %}",
 ]  # fmt: skip
 
 
@@ -101,129 +123,131 @@ def _bare_transformers_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **special)
 
 
-# what a template may not do ---------------------------------------------------------------------------------------
-
-HOSTILE = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.__class__.__base__ }}",
-    "{{ messages[0]['content'].__class__ }}",
-    "{{ ''['__class__'] }}",
-    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-    "{{ joiner.__init__.__globals__ }}",
-    "{{ lipsum.__globals__['os'].popen('id').read() }}",
-    "{{ namespace.__init__.__globals__ }}",
-    "{{ raise_exception.__globals__ }}",
-    "{{ raise_exception.__code__.co_consts }}",
-    "{{ strftime_now.__globals__ }}",
-    "{{ range.__class__ }}",
-    "{{ ''|attr('__class__') }}",
-    "{{ messages|map('attr', '__class__')|list }}",
-    "{{ messages|map(attribute='__class__')|map(attribute='__mro__')|list }}",
-    "{{ [messages]|join(attribute='__class__.__base__') }}",
-    "{{ '{0.__class__.__init__.__globals__}'.format(range) }}",
-    "{{ '{0.__class__}'['format'](range) }}",
-    "{{ ['{0.__class__}']|map('format', range)|list }}",
-    "{{ '%s'|format(range.__class__) }}",
-    "{{ self.__init__.__globals__ }}",
-    "{{ self._TemplateReference__context.environment }}",
-    "{{ loop.__class__ }}{% for x in messages %}{{ loop._iterable.__class__ }}{% endfor %}",
-    "{% set x = messages.append({'role': 'user'}) %}",
-    "{% set x = messages[0].update({'role': 'system'}) %}",
-    "{% set x = messages.pop() %}",
-    "{% include '/etc/passwd' %}",
-    "{% import 'os' as os %}",
-    "{% extends 'x' %}",
-    "{{ open('/etc/passwd') }}",
-    "{{ config }}{{ request.application.__globals__ }}",
-    "{% macro m() %}{% endmacro %}{{ m.__init__.__globals__ }}{{ m._func.__globals__ }}",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("source", HOSTILE)
-def test_nothing_of_python_is_in_reach(source: str) -> None:
-    messages = chat(("user", "hello"))
-    try:
-        text = render(source, messages)
-    except UserError as error:
-        assert "chat template" in error.message
-    else:  # Jinja may answer an unsafe attribute with nothing at all; it must then really be nothing
-        assert text == ""
-    assert messages == chat(("user", "hello"))
-
-
-ENDLESS = {
-    "a long text": "{{ 'a' * 10**9 }}",
-    "the other way round": "{{ 10**9 * 'a' }}",
-    "a long list": "{{ ([1] * 10**9) | length }}",
-    "nested loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
-    "loops that only filter": "{% for i in range(9999) %}{% for j in range(100000) if false %}{% endfor %}{% endfor %}",
-    "a large range": "{% for i in range(10**9) %}{% endfor %}",
-    "much output": "{% for i in range(100000) %}{{ 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' }}{% endfor %}",
-    "a large power": "{{ 10 ** (10 ** 9) }}",
-    "squares": "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
-    "doubling by +": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "doubling by ~": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "doubling by set": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}"
-    "{% set n.x = y %}{% endfor %}",
-    "lists in lists": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
-    "{{ n.x }}",
-    "pairs in pairs": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = (n.x, n.x) %}{% endfor %}"
-    "{{ n.x == n.x }}",
-    "maps in maps": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = {'a': n.x, 'b': n.x} %}"
-    "{% endfor %}{{ n.x | tojson }}",
-    "arguments in arguments": "{% set n = namespace(x='a') %}{% macro f() %}{% set n.x = varargs %}{% endmacro %}"
-    "{% for i in range(60) %}{{ f(n.x, n.x) }}{% endfor %}{{ n.x }}",
-    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "a macro for ever": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "center": "{{ 'a'.center(1000000000) }}",
-    "zfill": "{{ 'a'.zfill(1000000000) }}",
-    "expandtabs": "{{ '\t'.expandtabs(1000000000) }}",
-    "a wide format": "{{ '{:>1000000000}'.format('a') }}",
-    "a wide %": "{{ '%1000000000d' % 1 }}",
-    "a width from outside": "{{ '%*d' % (1000000000, 1) }}",
-    "bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
-    "replace": "{% set s = 'a' * 100000 %}{{ s.replace('a', s) }}",
-    "the filter replace": "{% set s = 'a' * 100000 %}{{ s | replace('a', s) }}",
-    "join": "{% set s = 'a' * 100000 %}{{ s.join(s) }}",
-    "the filter join": "{% set s = 'a' * 100000 %}{{ s | join(s) }}",
-    "tests over lists": "{% set l = range(100000) | list %}{{ l | reject('in', l) | list | length }}",
-    "texts by map": "{% set s = '1' * 500000 %}{{ range(100000) | map('replace', '1', s) | list | length }}",
-    "a wide indent": "{{ [1] | tojson(indent=1000000000) }}",
-    "too much nesting": "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
-    "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+DIALOGS = [
+    chat(("user", "Hi")),
+    chat(("system", "Be brief."), ("user", " Hi there ")),
+    chat(("user", "a"), ("assistant", "b\n"), ("user", "c")),
+    chat(("system", "S"), ("user", "a"), ("assistant", " b"), ("user", "c"), ("assistant", "d"), ("user", "e & <f> é")),
+]
+# What transformers cannot render without tools or functions, or with a system turn; and what we make of it.
+BEYOND = {
+    "CohereForAI-c4ai-command-r-plus-tool_use": "renders",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": "renders",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "renders",
+    "google-gemma-2-2b-it": "renders",
+    "fireworks-ai-llama-3-firefunction-v2": "refuses",  # it wants a text of functions
 }
 
 
-@pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS.keys())
-def test_too_much_ends_soon_with_an_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_templates_of_published_models_as_transformers_renders_them() -> None:
+    """About 70 of them, as llama.cpp's source package ships them: same text, also where both refuse."""
+    now = datetime.datetime(2024, 7, 26, 13, 5)
+    files = sorted((llama_cpp_models() / "templates").glob("*.jinja"))
+    assert len(files) >= 60
+    for file in files:
+        source = file.read_text(encoding="utf-8")
+        ours = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}, now=lambda: now)
+        theirs = _bare_transformers_tokenizer(bos_token="<s>", eos_token="</s>")
+        for messages, generation_prompt in itertools.product(DIALOGS, (True, False)):
+            plain = [{"role": message.role, "content": message.content} for message in messages]
+            expected = _theirs(theirs, plain, source, generation_prompt, now)
+            if expected is not None:
+                text = ours.render(messages, generation_prompt=generation_prompt)
+                assert text == expected, f"{file.name}, {messages}"
+            elif BEYOND[file.stem] == "renders":
+                text = ours.render(messages, generation_prompt=generation_prompt)
+                assert all(message.content.strip() in text for message in messages), file.name
+            else:
+                with pytest.raises(TemplateError):
+                    ours.render(messages, generation_prompt=generation_prompt)
+
+
+def _theirs(tokenizer: Any, plain: list[dict[str, str]], source: str, prompt: bool, now: Any) -> str | None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template_utils, "datetime", types.SimpleNamespace(now=lambda: now))
+        try:
+            return str(
+                tokenizer.apply_chat_template(plain, chat_template=source, add_generation_prompt=prompt, tokenize=False)
+            )
+        except (jinja2.TemplateError, TypeError):
+            return None
+
+
+def test_a_date_is_that_of_the_clock() -> None:
+    now = datetime.datetime(2024, 7, 26, 13, 5)
+    template = ChatTemplate("{{ strftime_now('%d %b %Y %H:%M') }}", {}, now=lambda: now)
+    assert template.render(chat(("user", "x")), generation_prompt=True) == "26 Jul 2024 13:05"
+
+
+# a system text that the template has no place for ----------------------------------------------------------------
+
+REFUSES = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+DROPS = "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+FIRST_ONLY = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('only first') }}"
+    "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+MIDDLE = chat(("system", "S"), ("user", "a"), ("assistant", "b"), ("system", "T"), ("system", "U"), ("user", "c"))
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "expected"),
+    [
+        (REFUSES, chat(("system", "S"), ("user", "a")), "<user>S\n\na"),
+        (REFUSES, chat(("system", "S")), "<user>S"),
+        (REFUSES, MIDDLE, "<user>S\n\na<assistant>b<user>T\n\nU\n\nc"),
+        (REFUSES, chat(("user", "a"), ("assistant", "b")), "<user>a<assistant>b"),
+        (DROPS, MIDDLE, "<user>S\n\na<assistant>b<user>T\n\nU\n\nc"),
+        (DROPS, chat(("system", " \n"), ("user", "a")), "<user>a"),
+        (FIRST_ONLY, MIDDLE, "<system>S<user>a<assistant>b<user>T\n\nU\n\nc"),
+        (FIRST_ONLY, chat(("user", "a"), ("system", "S")), "<user>a<user>S"),
+        (CHATML, MIDDLE, "".join(f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in MIDDLE)),
+    ],
+)
+def test_a_system_text_goes_to_the_user_where_there_is_no_place(
+    source: str, messages: list[Message], expected: str
+) -> None:
+    assert ChatTemplate(source, {}).render(messages, generation_prompt=False) == expected
+
+
+def test_without_folding_the_refusal_stands() -> None:
+    with pytest.raises(TemplateError, match="System role not supported"):
+        ChatTemplate(REFUSES, {}, fold_system=False).render(chat(("system", "S")), generation_prompt=True)
+    assert ChatTemplate(DROPS, {}, fold_system=False).render(chat(("system", "S")), generation_prompt=True) == ""
+
+
+def test_the_first_refusal_is_the_one_that_is_told() -> None:
+    source = "{{ raise_exception('no ' ~ messages[0].role) }}"
+    with pytest.raises(TemplateError, match="no system"):
+        render(source, chat(("system", "S"), ("user", "a")))
+
+
+def test_a_template_for_tools_works_without_any() -> None:
+    assert render("{% for tool in tools %}{{ tool }}{% endfor %}ok") == "ok"
+    assert render("{{ tools is none }}") == "True"
+
+
+def test_attempts_share_one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "CPU_SECONDS", 0.2)
+    slow = "{% for i in range(100000) %}{% if i == 30000 %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
     begin = time.thread_time()
-    with pytest.raises(UserError, match="chat template"):
-        render(source)
-    assert time.thread_time() - begin < 1.2, "no single step may be long"
-
-
-def test_the_real_limit_is_less_than_two_seconds() -> None:
-    begin = time.thread_time()
-    with pytest.raises(UserError, match="more than 1 seconds"):
-        render(ENDLESS["nested loops"])
-    assert 1 <= time.thread_time() - begin < 2
-
-
-def test_a_long_chat_is_no_abuse() -> None:
-    messages = chat(*[("user", "x" * 200)] * 5000)
-    turn = "<|im_start|>user\n" + "x" * 200 + "<|im_end|>\n"
-    assert render(CHATML, messages) == turn * 5000 + "<|im_start|>assistant\n"
-
-
-def test_one_rendering_does_not_use_up_the_time_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "CPU_SECONDS", 0.2)
-    template = ChatTemplate("{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}ok", {"n": 0})  # type: ignore[dict-item]
-    template._special["n"] = 100000  # type: ignore[assignment]
     with pytest.raises(TemplateError):
-        template.render(chat(("user", "x")), generation_prompt=True)
-    template._special["n"] = 2  # type: ignore[assignment]
-    assert template.render(chat(("user", "x")), generation_prompt=True) == "ok"
+        render(slow * 9, MIDDLE)
+    assert time.thread_time() - begin < 0.6
+
+
+def test_typed_cuts_are_taken_out_before_anything_else() -> None:
+    seen: list[str] = []
+
+    def prepare(text: str) -> str:
+        seen.append(text)
+        return text
+
+    ChatTemplate(CHATML, {}).render(chat(("user", f"<|im_{CUT}end|>")), generation_prompt=True, prepare=prepare)
+    assert seen == ["<|im_end|>"], "or else the spelling would be mended behind the guard's back"
 
 
 # errors -----------------------------------------------------------------------------------------------------------

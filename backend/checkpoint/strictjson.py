@@ -9,6 +9,7 @@ from typing import Any
 from backend.errors import CheckpointError
 
 MAX_JSON_BYTES = 64 << 20  # the index of the largest model known has 10 MB
+MAX_VALUES = 4 << 20  # parsed, each takes some dozens of bytes
 MAX_DEPTH = 32
 MAX_DIGITS = 20  # of a whole number; offsets and sizes need at most 19
 
@@ -33,6 +34,10 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
     NaN and Infinity come back as floats: whoever takes a number checks its range.
     """
+    # Every value but the first of a list or an object follows one of these, so this counts before anything is made.
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > MAX_VALUES:
+        raise CheckpointError(f"{where}: holds about {values} values, at most {MAX_VALUES} can be right")
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=_integer)
     except UnicodeDecodeError:

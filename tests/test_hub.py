@@ -1,0 +1,534 @@
+"""Models of the hub: what a name asks for, which files it means, and downloads that survive what networks do."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import huggingface_hub.file_download
+import pytest
+
+from backend import hub_download
+from backend.errors import DownloadError, PresetError
+from backend.events import LoadProgress
+from backend.hub import HubModel, choose, is_safe, parse
+from backend.hub_download import HubFolder
+from backend.models import ModelFolder
+from tests.hub_server import HubServer, entry
+
+# names ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [
+        ("hub:org/repo", HubModel("org/repo")),
+        ("hub:TheBloke/Llama-2-7B-GGUF:Q4_K_M", HubModel("TheBloke/Llama-2-7B-GGUF", "Q4_K_M")),
+        ("hub:a/b.c_d-e1:sub/model.gguf", HubModel("a/b.c_d-e1", "sub/model.gguf")),
+        ("hub:a/b@v1.0:model.gguf", HubModel("a/b", "model.gguf", "v1.0")),
+        ("hub:a/b@0123abc", HubModel("a/b", None, "0123abc")),
+        ("hub:a/b:a file with spaces.gguf", HubModel("a/b", "a file with spaces.gguf")),
+    ],
+)
+def test_names(text: str, model: HubModel) -> None:
+    assert parse(text) == model
+    assert str(model) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hub:", "hub:repo", "hub:a/b/c", "hub:/b", "hub:a/", "hub:../b", "hub:a/..", "hub:a/b..c", "hub:.a/b",
+        "hub:a/b.",
+        "hub:-a/b", "hub:a/b--c", "hub:a b/c", "hub:a/b\n", "hub:a/b:", "hub:a/b@", "hub:a/b@../x", "hub:a/b@x/y",
+        "hub:a/b:/etc/passwd", "hub:a/b:../x", "hub:a/b:x/../../y", "hub:a/b:x//y", "hub:a/b:./x", "hub:a/b:C:\\x",
+        "hub:a/b:x\\y", "hub:a/b:x\0y", "hub:a/b:x\ny", "hub:https://huggingface.co/a/b", "hub:a/b.git",
+        "hub:" + "a" * 200 + "/b", "hub:a/b:" + "x" * 600, "hub:ä/b",
+    ],
+)  # fmt: skip
+def test_names_that_are_refused(text: str) -> None:
+    with pytest.raises(PresetError, match=r"hub:ORG/REPO|no plain path"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/x", "a/../x", "a//x", "", ".", "..", "a/.", "C:/x", "a\\b", "a\nb", "a\0b", "a/ b", "a/...", "a\u202eb"],
+)
+def test_unsafe_names(name: str) -> None:
+    assert not is_safe(name)
+
+
+# which files ----------------------------------------------------------------------------------------------------------
+
+SIDE = ["config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
+        "tokenizer_config.json"]  # fmt: skip
+RUBBISH = [
+    ".gitattributes",
+    "README.md",
+    "LICENSE.txt",
+    "modeling_llama.py",
+    "run.sh",
+    "onnx/model.onnx",
+    "training_args.bin",
+]
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+INDEX = ["model.safetensors.index.json"]
+OLD_SHARDS = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+GGUFS = ["m.Q2_K.gguf", "m.Q4_K_S.gguf", "m.Q4_K_M.gguf", "m.Q8_0.gguf", "m-F16.gguf", "mmproj-Q4_K_M.gguf"]
+PARTS = [f"big/m-Q6_K-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+META = ["original/consolidated.00.pth", "original/params.json", "original/tokenizer.model"]
+
+CHOICES = {
+    "safetensors, never the same as .bin": (SIDE + SHARDS + INDEX + OLD_SHARDS + RUBBISH, None,
+                                            SHARDS + SIDE + INDEX, ""),
+    "a single file before shards": (SIDE + ["model.safetensors"], None, [*SIDE, "model.safetensors"], ""),
+    "not Mistral's second copy": (
+        [*SIDE, *SHARDS, "consolidated.safetensors"], None, SIDE + SHARDS, ""
+    ),
+    "not other variants": ([*SIDE, "model.safetensors", "model.fp16.safetensors"], None,
+                           [*SIDE, "model.safetensors"], ""),
+    "any safetensors": ([*SIDE, "gptq_model-4bit-128g.safetensors", "quantize_config.json"], None,
+                        [*SIDE, "gptq_model-4bit-128g.safetensors", "quantize_config.json"], ""),
+    "an adapter": (["adapter_config.json", "adapter_model.safetensors"], None,
+                   ["adapter_config.json", "adapter_model.safetensors"], ""),
+    "old .bin": (SIDE + OLD_SHARDS + RUBBISH, None, SIDE + OLD_SHARDS, ""),
+    "Q4_K_M of GGUFs": (GGUFS + ["config.json"], None, ["m.Q4_K_M.gguf"], "m.Q4_K_M.gguf"),
+    "Q8_0 when there is no Q4_K_M": (["m.Q2_K.gguf", "m.Q8_0.gguf"], None, ["m.Q8_0.gguf"], "m.Q8_0.gguf"),
+    "the only GGUF": (["strange.gguf", "mmproj-F16.gguf"], None, ["strange.gguf"], "strange.gguf"),
+    "safetensors before GGUF": ([*GGUFS, *SIDE, "model.safetensors"], None, [*SIDE, "model.safetensors"], ""),
+    "a quantization": (GGUFS, "q2_k", ["m.Q2_K.gguf"], "m.Q2_K.gguf"),
+    "not the longer one": (["m-Q4_K_M.gguf", "m-other-Q4_K.gguf"], "Q4_K", ["m-other-Q4_K.gguf"], "m-other-Q4_K.gguf"),
+    "all parts": (PARTS + GGUFS, "Q6_K", PARTS, PARTS[0]),
+    "all parts from one name": (PARTS + GGUFS, PARTS[1], PARTS, PARTS[0]),
+    "a file": (GGUFS, "mmproj-Q4_K_M.gguf", ["mmproj-Q4_K_M.gguf"], "mmproj-Q4_K_M.gguf"),
+    "a file that is no GGUF": (["a.pt", "b.pt", "config.json", "x/c.json"], "b.pt", ["b.pt", "config.json"], "b.pt"),
+    "Meta's own": ([*META, "README.md"], None, META, "original"),
+    "a folder": ([*META, *SIDE, *SHARDS], "original", META, "original"),
+    "the only old file": (["ggml-model-q4_0.bin", "README.md"], None, ["ggml-model-q4_0.bin"], "ggml-model-q4_0.bin"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "file", "expected", "path"), CHOICES.values(), ids=CHOICES.keys())
+def test_which_files(names: list[str], file: str | None, expected: list[str], path: str) -> None:
+    choice = choose(names, HubModel("a/b", file))
+    assert sorted(choice.names) == sorted(expected)
+    assert len(set(choice.names)) == len(choice.names)
+    assert choice.path == path
+
+
+REFUSED = {
+    "not there": (GGUFS, "m.Q4_K_X.gguf", "did you mean 'm.Q4_K_"),
+    "nothing alike": (GGUFS, "zzzz", "it has m-F16.gguf"),
+    "no model": (["README.md"], None, "README.md"),
+    "nothing at all": ([], None, "no files"),
+    "a hidden file": ([".hub.json", "m.gguf"], ".hub.json", "no file '.hub.json'"),
+    "several": (["a.pt", "b.pt"], None, "hub:a/b:a.pt"),
+    "a part is missing": (PARTS[:2], "Q6_K", "00003-of-00003"),
+}
+
+
+@pytest.mark.parametrize(("names", "file", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_no_choice(names: list[str], file: str | None, words: str) -> None:
+    with pytest.raises(DownloadError, match=words):
+        choose(names, HubModel("a/b", file))
+
+
+# downloads ------------------------------------------------------------------------------------------------------------
+
+BIG = bytes(range(256)) * 16384  # 4 MB
+FILES = {"config.json": b"{}", "model-00001-of-00002.safetensors": BIG, "model-00002-of-00002.safetensors": BIG[::-1],
+         "tokenizer.json": b"[1]", "modeling.py": b"import os", "pytorch_model.bin": b"never"}  # fmt: skip
+TAKEN = sorted(set(FILES) - {"modeling.py", "pytorch_model.bin"})
+MODEL = HubModel("org/llama")
+GGUF = HubModel("org/gguf", "Q8_0")
+SIZE = sum(len(FILES[name]) for name in TAKEN)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer({"org/llama": FILES, "org/gguf": {"m.Q8_0.gguf": BIG, "m.Q2_K.gguf": b"small"}}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        # The library waits a second between its attempts, and writes ten megabytes at a time.
+        clock = type("Clock", (), {"sleep": staticmethod(lambda _: None)})
+        monkeypatch.setattr(huggingface_hub.file_download, "time", clock)
+        monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> HubFolder:
+    return HubFolder(tmp_path / "hub")
+
+
+def refused(folder: HubFolder, model: HubModel, words: str) -> str:
+    with pytest.raises(DownloadError, match=words) as caught:
+        folder.resolve(model)
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def files_in(path: Path) -> list[str]:
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name[0] != ".")
+
+
+def test_a_folder_is_fetched_once(hub: HubServer, folder: HubFolder) -> None:
+    steps: list[LoadProgress] = []
+    assert folder.local(MODEL) is None
+    path = folder.resolve(MODEL, steps.append)
+    assert path == folder.folder / "org" / "llama"
+    assert files_in(path) == TAKEN
+    assert {name: (path / name).read_bytes() for name in TAKEN} == {name: FILES[name] for name in TAKEN}
+    assert hub.file_bytes == SIZE
+    download = [step for step in steps if step.stage == "Downloading org/llama"]
+    assert {step.total for step in download} == {SIZE}
+    assert [step.done for step in download] == sorted(step.done for step in download)
+    assert download[-1].done == SIZE
+    assert steps[0].stage.startswith("Asking ")
+    hub.forget()
+    assert folder.resolve(MODEL) == folder.local(MODEL) == path
+    assert hub.requests == []
+
+
+def test_everything_is_of_one_commit(hub: HubServer, folder: HubFolder) -> None:
+    folder.resolve(MODEL)
+    assert all(f"/resolve/{hub.commit}/" in request for request in hub.requests[1:])
+
+
+def test_a_gguf_and_another_of_the_same_repository(hub: HubServer, folder: HubFolder) -> None:
+    path = folder.resolve(GGUF)
+    assert path.name == "m.Q8_0.gguf"
+    assert path.read_bytes() == BIG
+    assert hub.asked == ["m.Q8_0.gguf"]
+    other = HubModel("org/gguf", "m.Q2_K.gguf")
+    assert folder.local(other) is None
+    assert folder.resolve(other).read_bytes() == b"small"
+    assert folder.local(GGUF) == path
+
+
+def test_a_revision_has_its_own_folder(hub: HubServer, folder: HubFolder) -> None:
+    hub.revisions.add("v2")
+    path = folder.resolve(HubModel("org/gguf", "Q2_K", "v2"))
+    assert path == folder.folder / "org" / "gguf@v2" / "m.Q2_K.gguf"
+    assert folder.local(HubModel("org/gguf", "Q2_K")) is None
+    refused(folder, HubModel("org/gguf", "Q2_K", "v3"), "no revision 'v3'")
+
+
+def test_a_broken_connection_goes_on_where_it_stopped(hub: HubServer, folder: HubFolder) -> None:
+    hub.break_after = [1_500_000, 700_000]
+    steps: list[LoadProgress] = []
+    assert folder.resolve(GGUF, steps.append).read_bytes() == BIG
+    assert hub.asked == ["m.Q8_0.gguf"] * 3
+    assert hub.file_bytes == len(BIG)
+    assert max(step.done for step in steps) == len(BIG)
+
+
+def test_a_later_start_goes_on_where_the_first_stopped(hub: HubServer, folder: HubFolder) -> None:
+    hub.break_after = [1_500_000] + [0] * 20
+    message = refused(folder, GGUF, "goes on where it stopped")
+    assert "org/gguf" in message
+    assert hub.url in message
+    target = folder.folder / "org" / "gguf"
+    assert not (target / "m.Q8_0.gguf").exists()
+    assert folder.local(GGUF) is None
+    had = hub.file_bytes
+    assert had == 1_500_000
+    hub.break_after = []
+    steps: list[LoadProgress] = []
+    assert folder.resolve(GGUF, steps.append).read_bytes() == BIG
+    assert hub.file_bytes == len(BIG)
+    first = next(step for step in steps if step.stage.startswith("Downloading"))
+    assert (first.done, first.total) == (had, len(BIG))
+    assert files_in(target) == ["m.Q8_0.gguf"]
+
+
+def test_an_interrupt_keeps_what_has_arrived(hub: HubServer, folder: HubFolder) -> None:
+    def stop(step: LoadProgress) -> None:
+        if step.done > 1_000_000:
+            raise KeyboardInterrupt
+
+    hub.break_after = [2_000_000]
+    with pytest.raises(KeyboardInterrupt):
+        folder.resolve(GGUF, stop)
+    hub.break_after = []
+    part = next((folder.folder / "org" / "gguf").glob("*.part"))
+    kept = part.stat().st_size
+    hub.forget()
+    assert folder.resolve(GGUF).read_bytes() == BIG
+    assert hub.file_bytes == len(BIG) - kept
+
+
+def test_a_server_without_ranges_starts_from_the_beginning(hub: HubServer, folder: HubFolder) -> None:
+    hub.break_after, hub.ranges = [1_500_000], False
+    steps: list[LoadProgress] = []
+    assert folder.resolve(GGUF, steps.append).read_bytes() == BIG
+    assert max(step.done for step in steps) == len(BIG)
+    assert hub.file_bytes == len(BIG) + 1_500_000
+
+
+def test_whole_files_are_not_fetched_again_after_a_break(hub: HubServer, folder: HubFolder) -> None:
+    hub.break_after = [len(BIG) * 2, len(BIG) * 2, 100] + [0] * 20
+    refused(folder, MODEL, "goes on")
+    assert folder.local(MODEL) is None
+    hub.break_after = []
+    folder.resolve(MODEL)
+    assert hub.file_bytes == SIZE
+
+
+# without network ------------------------------------------------------------------------------------------------------
+
+
+def test_without_network_what_is_there_is_used(hub: HubServer, folder: HubFolder) -> None:
+    path = folder.resolve(MODEL)
+    hub.stop()
+    assert folder.resolve(MODEL) == path
+    message = refused(folder, GGUF, "could not be fetched")
+    for words in ("hub:org/gguf:Q8_0", hub.url, "check the network", "local file"):
+        assert words in message
+    (path / "tokenizer.json").unlink()
+    assert folder.local(MODEL) is None
+    refused(folder, MODEL, "could not be fetched")
+
+
+def test_offline_on_request(hub: HubServer, folder: HubFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder.resolve(GGUF)
+    hub.forget()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert folder.resolve(GGUF) == path
+    message = refused(folder, MODEL, "HF_HUB_OFFLINE")
+    assert "org/llama" in message
+    assert hub.requests == []
+
+
+# refusals of the hub --------------------------------------------------------------------------------------------------
+
+
+def test_gated_models(hub: HubServer, folder: HubFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.token, hub.gated = "hf_secret", True
+    message = refused(folder, GGUF, "accepted its licence")
+    assert f"{hub.url}/org/gguf" in message
+    assert "HF_TOKEN" in message
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert folder.resolve(GGUF).read_bytes() == BIG
+
+
+def test_large_files_come_from_another_server_without_the_token(
+    hub: HubServer, folder: HubFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.token, hub.elsewhere = "hf_secret", True
+    hub.break_after = [1_000_000]
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert folder.resolve(GGUF).read_bytes() == BIG
+    assert hub.file_bytes == len(BIG)
+    assert hub.tokens_elsewhere == [None, None]  # two requests, because the first was cut
+
+
+def test_unknown_repositories_and_files(hub: HubServer, folder: HubFolder) -> None:
+    assert "HF_TOKEN" in refused(folder, HubModel("org/nothing"), "there is no model org/nothing")
+    refused(folder, HubModel("org/gguf", "Q3_K"), "no file 'Q3_K'.*m.Q2_K.gguf")
+    del hub.repos["org/gguf"]["m.Q8_0.gguf"]
+    hub.listing = [entry("m.Q8_0.gguf", BIG)]
+    refused(folder, GGUF, "is listed by .* but cannot be fetched")
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(429, "wait some minutes"), (500, "error 500"), (503, "503"), (400, "400")]
+)
+def test_other_errors(
+    hub: HubServer, folder: HubFolder, monkeypatch: pytest.MonkeyPatch, status: int, words: str
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub.status = status
+    refused(folder, GGUF, words)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"<html>Log in to the hotel</html>", b"[]", b"null", b"{}", b'{"id":1,"siblings":[{}]}',
+               b'{"siblings":7}', b'{"id":"a/b","sha":"../x","siblings":[]}', b"\xff\xfe", b"[" * 20000]
+)  # fmt: skip
+def test_answers_that_are_no_listing(hub: HubServer, folder: HubFolder, answer: bytes) -> None:
+    hub.answer = answer
+    refused(folder, GGUF, ".")
+
+
+@pytest.mark.parametrize("name", ["../x.gguf", "/tmp/x.gguf", "a/../../x.gguf", "C:\\x.gguf", "x\ny.gguf", 7, None])
+def test_hostile_names_in_the_listing(hub: HubServer, folder: HubFolder, tmp_path: Path, name: Any) -> None:
+    hub.listing = [entry("m.Q8_0.gguf", BIG), entry("x", b"x") | {"rfilename": name}]
+    refused(folder, GGUF, "no plain path")
+    assert hub.file_bytes == 0
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"lfs": None, "size": -1}, {"lfs": None, "size": "many"}, {"lfs": None, "size": None},
+               {"lfs": {"size": 1}}, {"lfs": None, "blobId": "../../x"}, {"lfs": None, "blobId": 5}]
+)  # fmt: skip
+def test_hostile_facts_in_the_listing(hub: HubServer, folder: HubFolder, change: dict[str, Any]) -> None:
+    hub.listing = [entry("m.Q8_0.gguf", BIG) | change]
+    refused(folder, GGUF, ".")
+    assert hub.file_bytes == 0
+
+
+@pytest.mark.parametrize("model", [GGUF, HubModel("org/gguf", "Q2_K")])  # SHA-256, and git's hash
+def test_damaged_content_never_gets_the_final_name(hub: HubServer, folder: HubFolder, model: HubModel) -> None:
+    name = "m.Q8_0.gguf" if model is GGUF else "m.Q2_K.gguf"
+    hub.damaged = {name}
+    refused(folder, model, f"{name} of org/gguf arrived damaged")
+    assert files_in(folder.folder) == []
+    hub.damaged = set()
+    assert folder.resolve(model).name == name
+
+
+def test_a_file_that_is_longer_than_listed(hub: HubServer, folder: HubFolder) -> None:
+    hub.listing = [entry("m.Q8_0.gguf", BIG[:1000])]
+    refused(folder, GGUF, "org/gguf")
+    assert "m.Q8_0.gguf" not in files_in(folder.folder)
+    hub.listing = None
+    assert folder.resolve(GGUF).read_bytes() == BIG
+
+
+# the folder -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_lost_bytes_is_fetched_again(hub: HubServer, folder: HubFolder) -> None:
+    path = folder.resolve(GGUF)
+    os.truncate(path, 1000)
+    assert folder.local(GGUF) is None
+    assert folder.resolve(GGUF).read_bytes() == BIG
+
+
+def test_files_that_the_user_put_there_are_checked_and_kept(hub: HubServer, folder: HubFolder) -> None:
+    target = folder.folder / "org" / "llama"
+    target.mkdir(parents=True)
+    for name in TAKEN:
+        (target / name).write_bytes(FILES[name])
+    (target / "tokenizer.json").write_bytes(b"[2]")
+    assert folder.resolve(MODEL) == target
+    assert hub.asked == ["tokenizer.json"]
+    assert (target / "tokenizer.json").read_bytes() == b"[1]"
+
+
+def test_a_new_commit_in_the_middle(hub: HubServer, folder: HubFolder) -> None:
+    hub.break_after = [len(BIG) * 2, len(BIG) * 2, 1000] + [0] * 20  # config.json, one shard, a piece of the next
+    refused(folder, MODEL, "goes on")
+    hub.break_after, hub.commit = [], "f" * 40
+    hub.repos["org/llama"]["model-00002-of-00002.safetensors"] = b"new" * 1000
+    hub.repos["org/llama"]["config.json"] = b"{1}"[:2] + b"}"
+    hub.forget()
+    path = folder.resolve(MODEL)
+    assert "model-00001-of-00002.safetensors" not in hub.asked
+    for name in TAKEN:
+        assert (path / name).read_bytes() == hub.repos["org/llama"][name]
+    assert files_in(path) == TAKEN
+
+
+@pytest.mark.parametrize(
+    "state", ["", "{", "[]", "null", '{"files": {}}',
+              '{"commit":"x","done":["../../x"],"files":{"../../x":{"size":1,"digest":""}}}',
+              '{"commit":"x","done":7,"files":{}}', '{"commit":"x","done":[],"files":{"a":7}}', "[" * 100000]
+)  # fmt: skip
+def test_a_damaged_state_is_asked_for_again(hub: HubServer, folder: HubFolder, state: str) -> None:
+    path = folder.resolve(GGUF)
+    (path.parent / hub_download.STATE).write_text(state)
+    assert folder.local(GGUF) is None
+    hub.forget()
+    assert folder.resolve(GGUF) == path
+    assert hub.file_bytes == 0  # the file itself was right
+
+
+def test_a_full_disk(hub: HubServer, folder: HubFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1_000_000})
+    monkeypatch.setattr(hub_download.shutil, "disk_usage", lambda _: usage)
+    refused(folder, GGUF, r"needs 0\.0 GB more|only 0\.0 GB are free")
+    assert hub.asked == []
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub_download.os, "fsync", full)
+    refused(folder, GGUF, "disk is full")
+
+
+def test_a_folder_that_cannot_be_made(hub: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(HubFolder(tmp_path / "file" / "hub"), GGUF, "cannot be kept")
+
+
+def test_files_beyond_plain_http(hub: HubServer, folder: HubFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_download, "LARGEST", len(BIG) - 1)
+    refused(folder, GGUF, "hf download org/gguf m.Q8_0.gguf --local-dir")
+
+
+TWIN = """
+import sys
+from pathlib import Path
+from backend.hub import HubModel
+from backend.hub_download import HubFolder
+print("ready", flush=True)
+sys.stdin.readline()
+print(HubFolder(Path(sys.argv[1])).resolve(HubModel("org/gguf", "Q8_0")).stat().st_size)
+"""
+
+
+def test_two_programs_at_once(hub: HubServer, folder: HubFolder) -> None:
+    environment = os.environ | {"HF_ENDPOINT": hub.url}
+    command = [sys.executable, "-c", TWIN, str(folder.folder)]
+    twins = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    for twin in twins:
+        assert twin.stdout is not None
+        assert twin.stdout.readline() == "ready\n"
+    outputs = []
+    for twin in twins:
+        assert twin.stdin is not None
+        twin.stdin.write("go\n")
+        twin.stdin.flush()
+    for twin in twins:
+        outputs.append(twin.communicate(timeout=60)[0])
+    assert outputs == [f"{len(BIG)}\n"] * 2
+    assert hub.file_bytes == len(BIG)
+
+
+# through the models folder --------------------------------------------------------------------------------------------
+
+
+def test_presets_name_models_of_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    models = ModelFolder(tmp_path / "models")
+    steps: list[LoadProgress] = []
+    assert models.local("hub:org/gguf:q8_0", tmp_path) is None
+    path = models.resolve("hub:org/gguf:q8_0", tmp_path, steps.append)
+    assert path == tmp_path / "models" / "hub" / "org" / "gguf" / "m.Q8_0.gguf"
+    assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(BIG).digest()
+    assert steps
+    assert models.local("hub:org/gguf:q8_0", tmp_path) == path
+    with pytest.raises(PresetError, match="hub:ORG/REPO"):
+        models.local("hub:gguf", tmp_path)
+
+
+def test_the_library_is_not_imported_before_it_is_needed() -> None:
+    program = "import sys, backend.models; sys.exit('huggingface_hub' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_the_state_is_plain_json(hub: HubServer, folder: HubFolder) -> None:
+    path = folder.resolve(GGUF)
+    state = json.loads((path.parent / hub_download.STATE).read_text())
+    assert state["commit"] == hub.commit
+    assert state["done"] == ["m.Q8_0.gguf"]
+    assert state["files"]["m.Q8_0.gguf"] == {"size": len(BIG), "digest": hashlib.sha256(BIG).hexdigest()}
