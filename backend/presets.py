@@ -182,6 +182,8 @@ def _checked_value(path: Path, key: str, value: Any) -> Any:
             f"{path}: prompt_format is '{value}', expected one of {_listed(PROMPT_FORMATS)} or a file ending in .jinja"
             f"{nearest(value.lower(), PROMPT_FORMATS)}"
         )
+    if key == "prompt_format" and value.endswith(".jinja") and (path.parent / value).is_file():
+        return str(path.parent / value)  # beside the preset
     return value
 
 

@@ -10,7 +10,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything outside of a preset. Nothing is written outside `data_dir` and `models_dir`."""
+    """Everything outside of a preset. Nothing of the users is written outside `data_dir` and `models_dir`."""
 
     host: str = "127.0.0.1"
     port: int = 7860

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -49,6 +49,7 @@ def llama2() -> tuple[Any, PreTrainedTokenizerFast]:
 @given(text=st.one_of(st.text(), st.text(alphabet=" ▁\n'sa1é漢🙂<>")))
 def test_llama_2_ids_are_those_of_transformers(text: str) -> None:
     ours, theirs = llama2()
+    assume(not any(token in text for token in ours.control_tokens()))  # which are text here and ids there
     ids = ours.encode(text)
     assert ids == theirs.encode(text, add_special_tokens=False)
     assert b"".join(map(ours.token_bytes, ids)).decode() == (" " + text.replace("▁", " ") if text else "")

@@ -17,7 +17,7 @@ from backend.api.routes import Door, add_routes
 from backend.errors import UserError
 from backend.settings import Settings
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 log = logging.getLogger(__name__)
 

@@ -60,8 +60,10 @@ class HFCheckpoint:
         folder = config_file.parent
         self.files, weight_map = weight_files(path)
         # GPTQ files of 2023 came alone; the shapes of their tensors say which LLaMA they are.
-        values = read_json(config_file) if config_file.is_file() or path.is_dir() else {}
+        values = read_json(config_file) if config_file.is_file() else {}
         everything = read_all(self.files, weight_map)
+        if not config_file.is_file() and not any(name.endswith(".qweight") for name in everything):
+            raise CheckpointError(f"{config_file}: is missing; the shape of the model is written there")
         raws = _needed(path, everything)
         settings = _quantisation(folder, values, raws)
         if settings is not None:

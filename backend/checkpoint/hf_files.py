@@ -51,7 +51,7 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
             if found:
                 return _complete(found), None
     single = find_single_file(path)  # models/NAME with its weights beside it: models/NAME-4bit-128g.safetensors
-    if single is not None:
+    if single is not None and settings_from_name(single.stem):
         return [single], None
     raise CheckpointError(
         f"{path}: holds no weights; expected model.safetensors, pytorch_model.bin, or shards of one with their index"

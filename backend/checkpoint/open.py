@@ -10,7 +10,7 @@ from backend.checkpoint.ggml import GGMLCheckpoint
 from backend.checkpoint.ggml_header import MAGICS as GGML_MAGICS
 from backend.checkpoint.gguf import GGUFCheckpoint
 from backend.checkpoint.gguf_header import MAGIC as GGUF_MAGIC
-from backend.checkpoint.gptq_single import find_single_file
+from backend.checkpoint.gptq_single import find_single_file, settings_from_name
 from backend.checkpoint.hf import HFCheckpoint
 from backend.checkpoint.hf_config import hf_config
 from backend.checkpoint.meta import MetaCheckpoint
@@ -85,7 +85,10 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in _WEIGHTS) or find_single_file(folder) is not None
+    if any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+        return True
+    single = find_single_file(folder)  # beside the folder
+    return single is not None and bool(settings_from_name(single.stem))
 
 
 def _start(path: Path) -> bytes:

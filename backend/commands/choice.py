@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from backend.checkpoint.lora import parse_adapter
 from backend.commands.terminal import ProgressBar
 from backend.presets import Preset
 from backend.service import Service
@@ -28,8 +29,14 @@ def chosen(service: Service, arguments: argparse.Namespace) -> Preset:
     if arguments.model is not None:
         preset = _with_model(preset, arguments.model)
     if arguments.lora:
-        preset = dataclasses.replace(preset, lora=tuple(arguments.lora))
+        preset = dataclasses.replace(preset, lora=tuple(map(_from_here, arguments.lora)))
     return preset
+
+
+def _from_here(adapter: str) -> str:
+    """A path on the command line counts from the current folder, as that of a model does."""
+    place, strength = parse_adapter(adapter)
+    return f"{Path(place).resolve()}={strength}" if Path(place).exists() else adapter
 
 
 def _with_model(preset: Preset, model: str) -> Preset:

@@ -16,7 +16,9 @@ from backend.errors import UserError
 
 SPARE_BYTES = 1 << 20  # for what the sum of sizes does not count: the file system's own tables
 # What a conversion writes its weights to; leftovers of an earlier one would be read together with the new files.
-_WEIGHTS = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json")
+_WEIGHTS = re.compile(
+    r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|quantize_config\.json"
+)
 
 
 class ConvertError(UserError):

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from backend.convert.gguf_writer import OutTensor
 
 INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+_DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "I32": "I32"}
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Protocol
 
 import torch
 
-from backend.weights.blocks import BF16, F16, F32, BlockFormat
+from backend.weights.blocks import BF16, F16, F32, F64, BlockFormat
 from backend.weights.decode import dequantize
 from backend.weights.planes import Planes, block_planes
 
 CHUNK_ELEMENTS = 1 << 22  # decoded at once: 16 MiB of float32
-PLAIN_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+PLAIN_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16, F64: torch.float64}
 
 
 class Stored(Protocol):
