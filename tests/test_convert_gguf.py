@@ -16,8 +16,8 @@ from gguf.quants import dequantize
 from backend.checkpoint.open import open_checkpoint
 from backend.convert import to_gguf
 from backend.convert.mixes import tensor_format
-from backend.convert.spm_file import SentencePieces, write_spm
 from backend.model.config import ModelConfig
+from backend.tokenizer.modelproto import Piece, SentenceModel, serialized
 from backend.weights.blocks import BY_NAME
 from tests.commandline import command
 from tests.forward import greedy, logits
@@ -305,4 +305,5 @@ def _spm(path: Path, size: int) -> None:
     start = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces = [*start, *(f"▁p{number}" for number in range(size - len(start)))]
     kinds = [2, 3, 3, *([6] * 256), *([1] * (size - 259))]
-    path.write_bytes(write_spm(SentencePieces(pieces, [-float(n) for n in range(size)], kinds, model_type=2)))
+    model = SentenceModel([Piece(text.encode(), -float(n), kinds[n]) for n, text in enumerate(pieces)])
+    path.write_bytes(serialized(model))

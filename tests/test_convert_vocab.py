@@ -13,10 +13,10 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from backend.checkpoint.gguf_header import read_header
 from backend.checkpoint.open import open_checkpoint
 from backend.convert.hf_tokenizer import tokenizer_files
-from backend.convert.spm_file import parse_spm, write_spm
 from backend.convert.vocab import vocabulary_keys
 from backend.convert.vocab_json import QWEN2_SPLIT
 from backend.errors import CheckpointError
+from backend.tokenizer.modelproto import parse_model, serialized
 from backend.tokenizer.source import TokenizerSource
 from tests.commandline import command
 from tests.hffiles import tiny_hf
@@ -94,14 +94,15 @@ def test_half_a_character_cannot_be_written(tmp_path: Path, capsys: pytest.Captu
 def test_sentencepiece_file_to_gguf_and_back() -> None:
     """A real vocabulary: every piece, score and type as the library reads them, and the same ids from what we write."""
     path = next(mistral_data().rglob("tokenizer.model.v1"))
-    pieces = parse_spm(path, path.read_bytes())
+    model = parse_model(path, path.read_bytes())
+    kinds = [piece.kind for piece in model.pieces]
     library = sentencepiece.SentencePieceProcessor(model_file=str(path))
     size = library.vocab_size()
-    assert pieces.tokens == [library.id_to_piece(i) for i in range(size)]
-    assert pieces.scores == [library.get_score(i) for i in range(size)]
+    assert model.texts() == [library.id_to_piece(i) for i in range(size)]
+    assert [piece.score for piece in model.pieces] == [library.get_score(i) for i in range(size)]
     for kind, ask in ((2, library.is_unknown), (3, library.is_control), (5, library.is_unused), (6, library.is_byte)):
-        assert [i for i in range(size) if pieces.kinds[i] == kind] == [i for i in range(size) if ask(i)]
-    again = sentencepiece.SentencePieceProcessor(model_proto=write_spm(pieces))
+        assert [i for i in range(size) if kinds[i] == kind] == [i for i in range(size) if ask(i)]
+    again = sentencepiece.SentencePieceProcessor(model_proto=serialized(model))
     for text in TEXTS:
         assert again.encode(text) == library.encode(text)
         assert again.decode(again.encode(text)) == library.decode(library.encode(text))
@@ -123,7 +124,7 @@ def test_added_tokens_of_a_sentencepiece_folder(tmp_path: Path) -> None:
 def test_a_cut_sentencepiece_file(tmp_path: Path, cut: int) -> None:
     data = next(mistral_data().rglob("tokenizer.model.v1")).read_bytes()[:cut]
     with pytest.raises(CheckpointError):
-        parse_spm(tmp_path / "tokenizer.model", data)
+        parse_model(tmp_path / "tokenizer.model", data)
 
 
 def test_sentencepiece_inside_tokenizer_json(tmp_path: Path) -> None:

@@ -7,48 +7,49 @@ from __future__ import annotations
 
 from typing import Any
 
-from backend.convert.spm_file import SentencePieces
 from backend.convert.vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED
+from backend.tokenizer.modelproto import SentenceModel
 
 _SPACE = "▁"
 
 
-def sentencepiece_json(pieces: SentencePieces, add_bos: bool) -> dict[str, Any]:
+def sentencepiece_json(model: SentenceModel, add_bos: bool) -> dict[str, Any]:
     """The object of tokenizer.json. Joining by score becomes an order of merges."""
-    prefix = [{"type": "Prepend", "prepend": _SPACE}] if pieces.add_space_prefix else []
+    tokens, kinds = model.texts(), [piece.kind for piece in model.pieces]
+    prefix = [{"type": "Prepend", "prepend": _SPACE}] if model.add_dummy_prefix else []
     space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
         {"id": i, "content": token, **flags, "special": kind != USER_DEFINED}
-        for i, (token, kind) in enumerate(zip(pieces.tokens, pieces.kinds, strict=True))
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    unknown = pieces.tokens[pieces.unk] if 0 <= pieces.unk < len(pieces.tokens) else None
-    model = {"type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": BYTE in pieces.kinds,
-             "vocab": {token: i for i, token in enumerate(pieces.tokens)}, "merges": _merges(pieces)}  # fmt: skip
+    unknown = tokens[model.unk_id] if 0 <= model.unk_id < len(tokens) else None
+    merger = {"type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": BYTE in kinds,
+             "vocab": {token: i for i, token in enumerate(tokens)}, "merges": _merges(tokens, model)}  # fmt: skip
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, space]}, "pre_tokenizer": None,
-        "post_processor": start_step(pieces.tokens, pieces.bos) if add_bos else None,
+        "post_processor": start_step(tokens, model.bos_id) if add_bos else None,
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-        "model": model,
+        "model": merger,
     }  # fmt: skip
 
 
-def _merges(pieces: SentencePieces) -> list[str]:
+def _merges(tokens: list[str], model: SentenceModel) -> list[str]:
     """Every pair of tokens that make a token, best score first; of one token's pairs, the lowest ids first."""
-    ids = {token: i for i, token in enumerate(pieces.tokens)}
+    ids = {token: i for i, token in enumerate(tokens)}
     found: list[tuple[float, int, int, str]] = []
-    for token, score, kind in zip(pieces.tokens, pieces.scores, pieces.kinds, strict=True):
-        if kind in (UNKNOWN, CONTROL, BYTE, USER_DEFINED):
+    for token, piece in zip(tokens, model.pieces, strict=True):
+        if piece.kind in (UNKNOWN, CONTROL, BYTE, USER_DEFINED):
             continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:
-                found.append((-score, ids[left], ids[right], f"{left} {right}"))
+                found.append((-piece.score, ids[left], ids[right], f"{left} {right}"))
     return [text for *_, text in sorted(found)]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from backend.convert.hf_spm_json import sentencepiece_json, start_step
 from backend.convert.output import ConvertError
-from backend.convert.spm_file import SentencePieces, write_spm
 from backend.convert.vocab_json import LLAMA3_SPLIT, QWEN2_SPLIT
 from backend.convert.vocabulary import CONTROL, UNUSED, USER_DEFINED
+from backend.tokenizer.modelproto import Piece, SentenceModel, serialized
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -49,7 +49,7 @@ def tokenizer_files(keys: Mapping[str, Any]) -> dict[str, bytes]:
     elif kind == "llama":
         pieces = _sentencepiece(keys, tokens, kinds)
         add_bos = bool(keys.get("tokenizer.ggml.add_bos_token", True))
-        files = {"tokenizer.model": write_spm(pieces), "tokenizer.json": _json(sentencepiece_json(pieces, add_bos))}
+        files = {"tokenizer.model": serialized(pieces), "tokenizer.json": _json(sentencepiece_json(pieces, add_bos))}
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is
         settings["add_bos_token"] = add_bos
         settings["add_eos_token"] = bool(keys.get("tokenizer.ggml.add_eos_token", False))
@@ -101,16 +101,19 @@ def _byte_level(
             "pre_tokenizer": steps, "post_processor": post, "decoder": _BYTE_LEVEL, "model": model}  # fmt: skip
 
 
-def _sentencepiece(keys: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> SentencePieces:
+def _sentencepiece(keys: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> SentenceModel:
     scores = keys.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise ConvertError("tokenizer.ggml.scores has no number for each token of the source")
     ids = token_ids(keys)
-    pieces = SentencePieces(tokens, [float(score) for score in scores], kinds, model_type=2)
-    pieces.unk, pieces.bos = ids.get("unknown", 0), ids.get("bos", 1)
-    pieces.eos, pieces.pad = ids.get("eos", 2), ids.get("padding", -1)
-    pieces.add_space_prefix = bool(keys.get("tokenizer.ggml.add_space_prefix", True))
-    return pieces
+    return SentenceModel(
+        [Piece(token.encode(), float(score), kind) for token, score, kind in zip(tokens, scores, kinds, strict=True)],
+        unk_id=ids.get("unknown", 0),
+        bos_id=ids.get("bos", 1),
+        eos_id=ids.get("eos", 2),
+        pad_id=ids.get("padding", -1),
+        add_dummy_prefix=bool(keys.get("tokenizer.ggml.add_space_prefix", True)),
+    )
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

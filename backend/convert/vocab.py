@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from backend.convert.side_files import read_json, read_json_if_there, read_small
-from backend.convert.spm_file import parse_spm
 from backend.convert.vocab_json import added_tokens, vocabulary_of_json
 from backend.convert.vocab_tiktoken import looks_like_ranks, vocabulary_of_ranks
 from backend.convert.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Vocabulary
 from backend.errors import CheckpointError
+from backend.tokenizer.modelproto import BPE, parse_model
 from backend.tokenizer.source import TokenizerSource
 
 _FIRST_BYTE, _AFTER_BYTES = 3, 259  # ids of the byte tokens in LLaMA's vocabulary
@@ -87,11 +87,18 @@ def _of_folder(path: Path, limit: int) -> Vocabulary:
 
 
 def _of_spm(file: Path, data: bytes) -> Vocabulary:
-    pieces = parse_spm(file, data)
-    found = Vocabulary("llama", pieces.tokens, pieces.kinds, scores=pieces.scores, add_bos=True)
-    found.bos, found.eos, found.unk = pieces.bos, pieces.eos, pieces.unk
-    found.pad = pieces.pad if pieces.pad >= 0 else None
-    found.add_space_prefix = pieces.add_space_prefix
+    model = parse_model(file, data)
+    if model.algorithm != BPE:
+        raise CheckpointError(f"{file}: SentencePiece model type {model.algorithm}, expected {BPE} (BPE)")
+    try:
+        texts = model.texts()
+    except ValueError:
+        raise CheckpointError(f"{file}: has a piece that is not valid UTF-8") from None
+    kinds, scores = [piece.kind for piece in model.pieces], [piece.score for piece in model.pieces]
+    found = Vocabulary("llama", texts, kinds, scores=scores, add_bos=True)
+    ids = (model.bos_id, model.eos_id, model.unk_id, model.pad_id)
+    found.bos, found.eos, found.unk, found.pad = (token if 0 <= token < len(texts) else None for token in ids)
+    found.add_space_prefix = model.add_dummy_prefix
     return found
 
 

@@ -40,8 +40,13 @@ class SentenceModel:
     unk_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
+    pad_id: int = -1
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = False
+
+    def texts(self) -> list[str]:
+        """The pieces as texts. Raises ValueError for one that is no UTF-8."""
+        return [piece.text.decode("utf-8") for piece in self.pieces]
 
 
 def parse_model(path: Path, data: bytes) -> SentenceModel:
@@ -94,6 +99,7 @@ def _model(path: Path, data: bytes) -> SentenceModel:
         unk_id=_number(trainer, 40, 0),
         bos_id=bos if is_control(pieces, bos) else -1,
         eos_id=eos if is_control(pieces, eos) else -1,
+        pad_id=_number(trainer, 43, -1),
         add_dummy_prefix=bool(_number(normalizer, 3, 1)),
         remove_extra_whitespaces=bool(_number(normalizer, 4, 1)),
     )
@@ -180,7 +186,7 @@ def _number(fields: dict[int, int | bytes], field: int, default: int) -> int:
 
 
 def serialized(model: SentenceModel) -> bytes:
-    """A ModelProto with these values and nothing else."""
+    """A ModelProto with these values, LLaMA's settings (identity normaliser, split digits) and nothing else."""
     byte_fallback = any(piece.kind == BYTE for piece in model.pieces)
     parts = [
         _bytes_field(
@@ -188,10 +194,15 @@ def serialized(model: SentenceModel) -> bytes:
         )
         for piece in model.pieces
     ]
-    trainer = {3: model.algorithm, 4: len(model.pieces), 35: int(byte_fallback)}
-    trainer |= {40: model.unk_id, 41: model.bos_id, 42: model.eos_id, 43: -1}
+    trainer = {3: model.algorithm, 4: len(model.pieces), 25: 1, 35: int(byte_fallback)}
+    trainer |= {40: model.unk_id, 41: model.bos_id, 42: model.eos_id, 43: model.pad_id}
+    # By these spellings the library finds the special ids.
+    names = {45: model.unk_id, 46: model.bos_id, 47: model.eos_id}
+    spelt = {field: model.pieces[token].text for field, token in names.items() if 0 <= token < len(model.pieces)}
     normalizer = {3: int(model.add_dummy_prefix), 4: int(model.remove_extra_whitespaces), 5: 1}
-    parts.append(_bytes_field(2, b"".join(_int_field(field, value) for field, value in trainer.items())))
+    settings = [_int_field(field, value) for field, value in trainer.items()]
+    settings += [_bytes_field(field, text) for field, text in spelt.items()]
+    parts.append(_bytes_field(2, b"".join(settings)))
     name = _bytes_field(1, b"identity")
     parts.append(_bytes_field(3, name + b"".join(_int_field(field, value) for field, value in normalizer.items())))
     return b"".join(parts)
