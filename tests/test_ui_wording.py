@@ -3,8 +3,9 @@
 import pytest
 
 from backend.errors import CheckpointError, UserError
-from backend.events import LoadProgress, Stats, Status
+from backend.events import LoadProgress, PresetInfo, Stats, Status
 from ui import pieces, wording
+from ui.presets_tab import table
 from ui.replies import OUR_FAULT, sentence
 
 
@@ -74,3 +75,14 @@ def test_pieces_escape_what_they_are_given() -> None:
     shown = [pieces.notice(bad), pieces.chip(status), pieces.state_line(busy=True, words=bad, numbers=bad)]
     shown.append(pieces.progress_bar(LoadProgress(bad), bad))
     assert not any("<img" in text for text in shown)
+
+
+def test_a_preset_that_cannot_be_read_has_the_room_of_what_it_would_need() -> None:
+    broken = PresetInfo("mine", "mine", "", "", loaded=False, error="mine.yaml: <b> is unknown")
+    good = PresetInfo("starter", "Starter", "starter", "about 0.5 GB of memory", loaded=True)
+    html = table([broken, good], Status(state="ready"))
+    row, other = html.split("<tr")[2:4]
+    assert 'colspan="2"' in row
+    assert 'class="needs"' not in row
+    assert "&lt;b&gt; is unknown" in row
+    assert 'class="needs">about 0.5 GB of memory' in other

@@ -61,8 +61,9 @@ def table(presets: Sequence[PresetInfo], status: Status) -> str:
 def _row(info: PresetInfo, status: Status) -> str:
     busy = status.loading is not None or status.state == "loading"
     details = f'<span class="soft">{escape(info.error or info.name)}</span>'
-    title = f'<td><span class="title">{escape(info.title or info.name)}</span><br>{details}</td>'
-    needs = f'<td class="needs">{escape(info.needs)}</td>'
+    wide = ' colspan="2"' if info.error else ""  # what is wrong has the room of what it would need
+    title = f'<td{wide}><span class="title">{escape(info.title or info.name)}</span><br>{details}</td>'
+    needs = "" if info.error else f'<td class="needs">{escape(info.needs)}</td>'
     if busy and info.name == status.loading_preset:
         action = '<span class="pill mid">loading</span>'
     elif info.loaded:
