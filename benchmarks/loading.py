@@ -37,8 +37,7 @@ def run() -> dict[str, Any]:
             results["types"][name] = row
             print(
                 f"{name:6} {row['megabytes']:6.0f} {row['read_cached']:13.0f} {row['load_cached']:12.0f} "
-                f"{row['load_cached'] / row['read_cached']:6.2f} {row['read_cold']:13.0f} {row['load_cold']:12.0f} "
-                f"{row['load_cold'] / row['read_cold']:6.2f}"
+                f"{row['ratio_cached']:6.2f} {row['read_cold']:13.0f} {row['load_cold']:12.0f} {row['ratio_cold']:6.2f}"
             )
     return results
 
@@ -83,7 +82,7 @@ def write_model(path: Path, name: str) -> Path:
 
 
 def _measured(path: Path) -> dict[str, float]:
-    """Medians in megabytes of file per second."""
+    """Medians in megabytes of file per second, and of load to read."""
     seconds: dict[str, list[float]] = {"read_cached": [], "load_cached": [], "read_cold": [], "load_cold": []}
     os.sync()
     for number in range(ROUNDS + 1):  # the first round warms up
@@ -95,7 +94,15 @@ def _measured(path: Path) -> dict[str, float]:
             if number:
                 times.append(time.perf_counter() - begun)
     megabytes = path.stat().st_size / 1e6
-    return {"megabytes": megabytes} | {name: megabytes / statistics.median(times) for name, times in seconds.items()}
+    speeds = {name: megabytes / statistics.median(times) for name, times in seconds.items()}
+    # Ratios of neighbours in time: this kind of machine is twice as fast in one minute as in the next.
+    ratios = {
+        f"ratio_{kind}": statistics.median(
+            read / load for read, load in zip(seconds[f"read_{kind}"], seconds[f"load_{kind}"], strict=True)
+        )
+        for kind in ("cached", "cold")
+    }
+    return {"megabytes": megabytes} | speeds | ratios
 
 
 def _read(path: Path) -> None:

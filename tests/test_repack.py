@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from backend.kernels.cpu import build
-from backend.kernels.cpu.repack import FORMATS, repack
+from backend.kernels.cpu.repack import FORMATS, decode_to_bf16, repack
 from backend.weights.blocks import Q4_0, Q6_K, Q8_0, BlockFormat
+from backend.weights.decode import dequantize
 from backend.weights.int4 import Int4Linear, pack_codes, pack_codes_twin
 from backend.weights.planes import block_planes
 
@@ -99,6 +100,20 @@ def test_a_linear_is_the_same_with_and_without_a_compiler(monkeypatch: pytest.Mo
 def test_packing_codes_equals_torchs_own(rows: int) -> None:
     codes = torch.randint(0, 16, (rows, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows))
     assert torch.equal(pack_codes(codes), pack_codes_twin(codes))
+
+
+@needs_compiler
+def test_values_in_bfloat16_are_those_of_the_decoder() -> None:
+    raw = np.random.default_rng(3).integers(0, 256, (96, 8, Q6_K.bytes), dtype=np.uint8)
+    raw[..., 209] = raw[..., 209] & 0x83 | 0x28  # d of ordinary size and of either sign
+    rows = torch.from_numpy(raw.reshape(96, -1))
+    out = torch.zeros(96, 2048, dtype=torch.bfloat16)
+    assert decode_to_bf16(rows, Q6_K, out)
+    assert torch.equal(out, dequantize(rows, Q6_K).bfloat16())
+    assert out.abs().max() > 0.1
+    assert not decode_to_bf16(rows, Q6_K, torch.zeros(96, 2048)), "another type"
+    assert not decode_to_bf16(rows, Q6_K, torch.zeros(2048, 96, dtype=torch.bfloat16).T), "not in one piece"
+    assert not decode_to_bf16(random_rows(Q4_0, 32, 64), Q4_0, torch.zeros(32, 64, dtype=torch.bfloat16))
 
 
 # the compiler -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -40,6 +40,22 @@ class MappedFile:
                 self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
         return release
+
+
+def read_ahead(files: Sequence[Path]) -> None:
+    """Ask the system to read files soon, while we still work on what came before; for what memory has room for."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size <= room:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                    room -= size
+        except OSError:  # advice: reading will say what is wrong
+            continue
 
 
 def _private_map(descriptor: int) -> mmap.mmap:

@@ -92,7 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _gptq_settings(arguments: argparse.Namespace) -> GPTQSettings | None:
     """What the options of types gptq and rtn say; None for other types, which have none of them."""
     kind = arguments.type
-    given = {name: getattr(arguments, name) for name in _GPTQ_OPTIONS if getattr(arguments, name) not in (None, False)}
+    values = {name: getattr(arguments, name) for name in _GPTQ_OPTIONS}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
     allowed = {"gptq": _GPTQ_OPTIONS, "rtn": _RTN_OPTIONS}.get(kind, ())
     for name in given:
         if name not in allowed:

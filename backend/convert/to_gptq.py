@@ -189,9 +189,11 @@ def _calibrated(
     for step, given in enumerate(stream.inputs(parts[0])):
         hessian.add(given)
         meter.at(step / steps)
+    measured = hessian.matrix(torch.float32)
+    del hessian
     whole = gptq_quantize(
         matrix,
-        hessian.matrix(torch.float32),
+        measured,
         settings.bits,
         settings.group_size,
         settings.act_order,

@@ -6,11 +6,13 @@ place, and its pages are given back at once. Weights are never widened beyond wh
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
 
 from backend.checkpoint.base import Checkpoint
+from backend.checkpoint.mapped import read_ahead
 from backend.events import LoadProgress
 from backend.kernels.cpu.memory import empty
 from backend.model.llama import Layer, Llama
@@ -58,6 +60,8 @@ class _Loader:
 
     def load(self) -> Loaded:
         config = self._checkpoint.config
+        # The call returns when all is asked for, not when it has come; that alone takes a while for a large file.
+        threading.Thread(target=read_ahead, args=(self._checkpoint.files,), name="read ahead", daemon=True).start()
         embedding = self._embedding()
         layers = []
         for n in range(config.n_layers):

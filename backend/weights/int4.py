@@ -145,7 +145,7 @@ def _pack_tiles(tiles: torch.Tensor) -> torch.Tensor:
     number, tile, columns = tiles.shape
     low, high = tiles.chunk(2, dim=1)
     pairs = (low | (high << 4)).transpose(1, 2)  # (tiles, columns, tile / 2)
-    return pairs.reshape(number * tile, columns // 2)
+    return pairs.reshape(number * tile, columns // 2).contiguous()
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from backend.kernels.cpu.repack import decode_to_bf16
 from backend.weights.blocks import BF16, F16, F32, F64, BlockFormat
 from backend.weights.decode import dequantize
 from backend.weights.planes import Planes, block_planes
@@ -147,6 +148,8 @@ def copy_values(stored: Stored, out: torch.Tensor) -> None:
             part.release()
     elif len(stored.shape) == 1:
         out.copy_(stored.float32())
+    elif isinstance(stored, Blocks) and decode_to_bf16(stored.raw, stored.format, out):
+        pass
     else:
         step = max(1, CHUNK_ELEMENTS // stored.shape[1])
         for start in range(0, stored.shape[0], step):

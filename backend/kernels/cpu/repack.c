@@ -170,3 +170,24 @@ void suri_repack(int format, const uint8_t *raw, int64_t row_bytes, int64_t colu
         CASE(Q4_K);
     }
 }
+
+/* Rows of Q6_K to bfloat16: what has no packed product is kept as values. out (rows, columns). */
+void suri_q6_k_to_bfloat16(const uint8_t *raw, int64_t first_block, int64_t last_block, uint16_t *out) {
+    for (int64_t block = first_block; block < last_block; block++) {
+        const uint8_t *low = raw + block * 210, *high = low + 128;
+        const int8_t *scales = (const int8_t *)(high + 64);
+        float scale = half_to_float(high + 80);
+        uint16_t *values = out + block * 256;
+        for (int h = 0; h < 2; h++)
+            for (int k = 0; k < 4; k++)
+                for (int part = 0; part < 2; part++) {
+                    float own = scale * (float)scales[8 * h + 2 * k + part];
+                    const uint8_t *four = low + 64 * h + 32 * (k % 2) + 16 * part, *two = high + 32 * h + 16 * part;
+                    uint16_t *to = values + 128 * h + 32 * k + 16 * part;
+                    for (int b = 0; b < 16; b++) {
+                        int code = (four[b] >> 4 * (k / 2) & 15) | (two[b] >> 2 * k & 3) << 4;
+                        to[b] = to_bfloat16(own * (float)(code - 32));
+                    }
+                }
+    }
+}
