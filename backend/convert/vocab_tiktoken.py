@@ -8,6 +8,7 @@ from pathlib import Path
 
 from backend.convert.vocabulary import CONTROL, NORMAL, Vocabulary
 from backend.errors import CheckpointError
+from backend.tokenizer.bytelevel import byte_spellings
 
 MAX_TOKEN_BYTES = 1 << 10
 _LLAMA_4_RANKS = 200000
@@ -52,18 +53,6 @@ def vocabulary_of_ranks(path: Path, data: bytes, limit: int) -> Vocabulary:
         found.kinds.append(CONTROL)
     found.bos, found.eos = found.id_of("<|begin_of_text|>"), found.id_of("<|end_of_text|>")
     return found
-
-
-def byte_spellings() -> list[str]:
-    """GPT-2's table: printable Latin-1 stands for itself, the other bytes from U+0100 on."""
-    spellings, shift = [], 0
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or byte >= 0xAE:
-            spellings.append(chr(byte))
-        else:
-            spellings.append(chr(256 + shift))
-            shift += 1
-    return spellings
 
 
 def _ranks(path: Path, data: bytes) -> list[bytes]:

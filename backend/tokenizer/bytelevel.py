@@ -11,6 +11,12 @@ def spelt_bytes(text: str) -> bytes:
         return text.encode("utf-8", "replace")
 
 
+def byte_spellings() -> list[str]:
+    """The character that stands for each of the 256 bytes."""
+    spelt = {byte: chr(code) for code, byte in _BYTE_OF.items() if byte < 256}
+    return [spelt[byte] for byte in range(256)]
+
+
 def _byte_alphabet() -> dict[int, int]:
     """GPT-2's printable stand-in for each byte -> the byte: itself where printable, else from code point 256 on.
 
