@@ -403,11 +403,6 @@ def test_presets_name_models_of_the_hub(hub: HubServer, tmp_path: Path) -> None:
         models.local("hub:gguf", tmp_path)
 
 
-def test_the_library_is_not_imported_before_it_is_needed() -> None:
-    program = "import sys, backend.models; sys.exit('huggingface_hub' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
-
-
 def test_the_state_is_plain_json(hub: HubServer, folder: HubFolder) -> None:
     path = folder.resolve(GGUF)
     state = json.loads((path.parent / hub_download.STATE).read_text())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from backend.errors import DownloadError, PresetError
@@ -123,3 +126,8 @@ REFUSED = {
 def test_no_choice(names: list[str], file: str | None, words: str) -> None:
     with pytest.raises(DownloadError, match=words):
         choose(names, HubModel("a/b", file))
+
+
+def test_the_library_is_not_imported_before_it_is_needed() -> None:
+    program = "import sys, backend.models; sys.exit('huggingface_hub' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
