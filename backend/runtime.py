@@ -27,7 +27,8 @@ from backend.errors import CheckpointError, ContextLengthError, ParameterError, 
 from backend.events import LoadProgress
 from backend.generation import Generation
 from backend.params import GenerationParams
-from backend.placement.load import DTYPES, load_model
+from backend.placement.linears import DTYPES
+from backend.placement.load import load_model
 from backend.placement.plan import BLOCK_TOKENS, Plan, plan
 from backend.presets import Preset
 from backend.prompting import Prompting, choose_format

@@ -10,7 +10,8 @@ from backend.cache.kv import KVPool
 from backend.checkpoint.base import Checkpoint
 from backend.engine.runner import Runner, _Span
 from backend.model.config import ModelConfig
-from backend.placement.load import DTYPES, load_model
+from backend.placement.linears import DTYPES
+from backend.placement.load import load_model
 
 BLOCK = 32
 

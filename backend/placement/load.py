@@ -14,12 +14,9 @@ import torch
 from backend.checkpoint.base import Checkpoint
 from backend.checkpoint.mapped import read_ahead
 from backend.events import LoadProgress
-from backend.kernels.cpu.memory import empty
 from backend.model.llama import Layer, Llama
 from backend.model.rope import Rope
-from backend.weights.bnb import Int8Rows
-from backend.weights.int4 import Int4Linear, can_stack
-from backend.weights.int8 import Int8Linear
+from backend.placement.linears import build, values
 from backend.weights.linear import (
     BiasedLinear,
     BlockEmbedding,
@@ -27,12 +24,8 @@ from backend.weights.linear import (
     Linear,
     PlainEmbedding,
     PlainLinear,
-    SplitLinear,
 )
-from backend.weights.lora import LowRank, lora_linear
-from backend.weights.stored import Blocks, Stored, copy_values
-
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+from backend.weights.stored import Blocks
 
 
 class Loaded:
@@ -110,7 +103,7 @@ class _Loader:
             embedding = BlockEmbedding(stored.raw, stored.format)
             stored.release()
         else:
-            embedding = PlainEmbedding(self._values([stored]))
+            embedding = PlainEmbedding(values([stored], self._weights))
         self._count(embedding.nbytes(), name)
         return embedding
 
@@ -123,7 +116,7 @@ class _Loader:
 
     def _linear(self, *names: str, count: bool = True) -> Linear:
         """One weight, or several that read the same input stacked into one product; with their biases."""
-        linear = self._stacked([self._checkpoint.read(name) for name in names])
+        linear = build([self._checkpoint.read(name) for name in names], self._weights)
         self._kept += linear.nbytes()
         if count:
             self._count(0, *names)
@@ -139,57 +132,7 @@ class _Loader:
         ]
         return BiasedLinear(linear, torch.cat(parts))
 
-    def _stacked(self, parts: list[Stored]) -> Linear:
-        if self._weights != "original" or (None not in (kinds := {part.dtype for part in parts}) and len(kinds) == 1):
-            return PlainLinear(self._values(parts))
-        if any(isinstance(part, LowRank) for part in parts):
-            # Packed weights are kept as they are, with their adapters beside them.
-            linears = [lora_linear(part, lambda base: self._stacked([base])) for part in parts]
-            return SplitLinear(linears) if len(linears) > 1 else linears[0]
-        packed = _packed(parts)
-        if packed is not None:
-            for part in parts:
-                part.release()
-            return packed
-        if len(parts) > 1:
-            return SplitLinear([self._stacked([part]) for part in parts])
-        return PlainLinear(self._values(parts))
-
-    def _values(self, parts: Sequence[Stored]) -> torch.Tensor:
-        """All rows of all parts, (rows, columns), in the preset's type; with `original` in their own, or bfloat16."""
-        dtype = DTYPES.get(self._weights) or _kept_as(parts[0].dtype)
-        out = empty((sum(part.shape[0] for part in parts), parts[0].shape[1]), dtype)
-        at = 0
-        for part in parts:
-            copy_values(part, out[at : at + part.shape[0]])
-            part.release()
-            at += part.shape[0]
-        return out
-
     def _count(self, kept: int, *names: str) -> None:
         self._kept += kept
         self._done += sum(self._checkpoint.tensors[name].nbytes for name in names)
         self._progress(LoadProgress(f"Loading {self._label}", self._done, self._total))
-
-
-def _packed(parts: Sequence[Stored]) -> Linear | None:
-    """One product of weights as they are packed in the file; None where there is no packed product for them."""
-    blocks = [part for part in parts if isinstance(part, Blocks)]
-    if len(blocks) == len(parts) and len({part.format for part in blocks}) == 1:
-        linear = Int4Linear.of_blocks([part.raw for part in blocks], blocks[0].format)
-        if linear is not None:
-            return linear
-    rows = [part for part in parts if isinstance(part, Int8Rows)]
-    if len(rows) == len(parts):
-        return Int8Linear(torch.cat([part.codes for part in rows]), torch.cat([part.scale for part in rows]))
-    planes = [planes for part in parts if (planes := part.planes()) is not None]
-    if len(planes) == len(parts) and can_stack(planes, [part.shape[0] for part in parts]):
-        return Int4Linear.of_planes(planes)
-    return None
-
-
-def _kept_as(dtype: torch.dtype | None) -> torch.dtype:
-    """Plain types stay, but for float64; what is packed and has no packed product becomes bfloat16."""
-    if dtype is None:
-        return torch.bfloat16
-    return torch.float32 if dtype == torch.float64 else dtype
