@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
+import huggingface_hub.file_download
 import pytest
 from gguf import GGUFReader
 
 from backend.models import ModelFolder
 from backend.settings import PROJECT, Settings
+from tests.hub_server import HubServer
+from tests.hubfiles import BIG, FILES
 from tests.tiny import TinyModel, write_tiny
 
 
@@ -33,6 +37,21 @@ def tiny_path(tmp_path: Path) -> Callable[..., Path]:
         return write_tiny(tmp_path / "tiny.gguf", TinyModel(**options))  # type: ignore[arg-type]
 
     return write
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub on this machine with two repositories: a folder of safetensors, and two GGUF files."""
+    with HubServer({"org/llama": FILES, "org/gguf": {"m.Q8_0.gguf": BIG, "m.Q2_K.gguf": b"small"}}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        # The library waits a second between its attempts, and writes ten megabytes at a time.
+        clock = type("Clock", (), {"sleep": staticmethod(lambda _: None)})
+        monkeypatch.setattr(huggingface_hub.file_download, "time", clock)
+        monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+        yield server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
