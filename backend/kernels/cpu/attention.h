@@ -1,0 +1,186 @@
+/* Attention of a whole step: every token of every sequence in it, over all that its sequence has in the cache.
+ *
+ * Work is cut into pieces: a few tokens of one sequence and one key-value head. When there are too few pieces for the
+ * threads, a piece is cut by chunks of the sequence as well, and folded afterwards; the arithmetic is the same.
+ */
+#ifndef SURI_ATTENTION_H
+#define SURI_ATTENTION_H
+
+#include <stdlib.h>
+
+#include "attend.h"
+#include "step.h"
+
+struct piece {
+    int64_t span, head, token, tokens; /* tokens of the span */
+    int64_t chunk, chunks;             /* the chunks of the sequence that its rows see */
+    int64_t part;                      /* where the states of its chunks begin, if they are kept apart */
+};
+
+/* How a step's attention is cut up: the same for all layers, so it is planned once. */
+struct cut {
+    struct piece *pieces;
+    int64_t (*tasks)[2]; /* (piece, chunk of it) */
+    struct folded *parts;
+    int64_t piece_count, task_count, part_count;
+    int64_t piece_room, task_room, part_room;
+};
+
+struct attention {
+    const float *queries; /* (tokens, heads, head_dim), turned and times 1 / sqrt(head_dim) */
+    int64_t query_stride; /* from one token to the next */
+    float *out;           /* (tokens, heads, head_dim) */
+    const struct suri_span *spans;
+    const void *keys, *values; /* of this layer: (kv_heads, slots, head_dim) */
+    int64_t head_bytes;        /* from one head to the next */
+    int kind;
+    int64_t heads, kv_heads, head_dim, window; /* window: 0 for none */
+    struct cut *cut;
+};
+
+INLINE int rows_of(const struct attention *a, const struct piece *piece, struct row *rows) {
+    const struct suri_span *span = &a->spans[piece->span];
+    int64_t group = a->heads / a->kv_heads;
+    int n = 0;
+    for (int64_t t = piece->token; t < piece->token + piece->tokens; t++)
+        for (int64_t g = 0; g < group; g++) {
+            int64_t end = span->start + t + 1;
+            rows[n++] = (struct row){
+                .query = a->queries + (span->first + t) * a->query_stride + (piece->head * group + g) * a->head_dim,
+                .first = a->window && end > a->window ? end - a->window : 0,
+                .end = end,
+            };
+        }
+    return n;
+}
+
+/* One chunk of a piece, into fresh states. */
+static void attend_piece(const struct attention *a, const struct piece *piece, int64_t chunk, struct folded *states) {
+    struct row rows[MAX_ROWS];
+    int n = rows_of(a, piece, rows);
+    const struct cached of = {
+        .keys = (const char *)a->keys + piece->head * a->head_bytes,
+        .values = (const char *)a->values + piece->head * a->head_bytes,
+        .blocks = a->spans[piece->span].blocks,
+        .kind = a->kind,
+        .head_dim = (int)a->head_dim,
+        .width = whole_vectors(a->head_dim),
+    };
+    int64_t start = chunk * CHUNK, end = start + CHUNK < rows[n - 1].end ? start + CHUNK : rows[n - 1].end;
+    for (int r = 0; r < n; r++) empty(&states[r], of.width);
+    /* Rows are in order of their tokens, so those that see some of the chunk lie together. */
+    int first = 0, last = n;
+    while (first < n && rows[first].end <= start) first++;
+    while (last > first && rows[last - 1].first >= end) last--;
+    if (first < last) attend_chunk(&of, rows + first, states + first, last - first, start, end);
+}
+
+INLINE void write_out(const struct attention *a, const struct piece *piece, const struct folded *states) {
+    int64_t group = a->heads / a->kv_heads;
+    for (int64_t r = 0; r < piece->tokens * group; r++) {
+        int64_t token = a->spans[piece->span].first + piece->token + r / group;
+        float *to = a->out + (token * a->heads + piece->head * group + r % group) * a->head_dim;
+        for (int64_t d = 0; d < a->head_dim; d++) to[d] = states[r].values[d] / states[r].sum;
+    }
+}
+
+static void whole_pieces(const void *context, int64_t first, int64_t last) {
+    const struct attention *a = context;
+    int width = whole_vectors(a->head_dim);
+    for (int64_t p = first; p < last; p++) {
+        const struct piece *piece = &a->cut->pieces[p];
+        int64_t n = piece->tokens * (a->heads / a->kv_heads);
+        struct folded all_of[MAX_ROWS], next[MAX_ROWS];
+        for (int64_t r = 0; r < n; r++) empty(&all_of[r], width);
+        for (int64_t c = 0; c < piece->chunks; c++) {
+            attend_piece(a, piece, piece->chunk + c, next);
+            for (int64_t r = 0; r < n; r++) fold(&all_of[r], &next[r], width);
+        }
+        write_out(a, piece, all_of);
+    }
+}
+
+static void chunks_of_pieces(const void *context, int64_t first, int64_t last) {
+    const struct attention *a = context;
+    for (int64_t t = first; t < last; t++) {
+        const struct piece *piece = &a->cut->pieces[a->cut->tasks[t][0]];
+        int64_t c = a->cut->tasks[t][1], n = piece->tokens * (a->heads / a->kv_heads);
+        attend_piece(a, piece, piece->chunk + c, a->cut->parts + piece->part + c * n);
+    }
+}
+
+static void fold_pieces(const void *context, int64_t first, int64_t last) {
+    const struct attention *a = context;
+    int width = whole_vectors(a->head_dim);
+    for (int64_t p = first; p < last; p++) {
+        const struct piece *piece = &a->cut->pieces[p];
+        int64_t n = piece->tokens * (a->heads / a->kv_heads);
+        struct folded all_of[MAX_ROWS];
+        for (int64_t r = 0; r < n; r++) empty(&all_of[r], width);
+        for (int64_t c = 0; c < piece->chunks; c++)
+            for (int64_t r = 0; r < n; r++) fold(&all_of[r], a->cut->parts + piece->part + c * n + r, width);
+        write_out(a, piece, all_of);
+    }
+}
+
+static int grown(void **memory, int64_t *room, int64_t wanted, size_t size) {
+    if (wanted <= *room) return 1;
+    void *larger = realloc(*memory, (size_t)(wanted + wanted / 2) * size);
+    if (!larger) return 0;
+    *memory = larger;
+    *room = wanted + wanted / 2;
+    return 1;
+}
+
+static int64_t cut_bytes(const struct cut *cut) {
+    return cut->piece_room * (int64_t)sizeof *cut->pieces + cut->task_room * (int64_t)sizeof *cut->tasks +
+           cut->part_room * (int64_t)sizeof *cut->parts;
+}
+
+/* 0 when memory ran out. */
+static int plan_cut(const struct attention *a, int64_t span_count, int threads) {
+    struct cut *cut = a->cut;
+    int64_t group = a->heads / a->kv_heads, most = MAX_ROWS / group, tokens = most > 1 ? most : 1;
+    int64_t pieces = 0, tasks = 0, parts = 0;
+    for (int64_t s = 0; s < span_count; s++) pieces += (a->spans[s].count + tokens - 1) / tokens * a->kv_heads;
+    if (!grown((void **)&cut->pieces, &cut->piece_room, pieces, sizeof *cut->pieces)) return 0;
+    pieces = 0;
+    for (int64_t s = 0; s < span_count; s++)
+        for (int64_t t = 0; t < a->spans[s].count; t += tokens)
+            for (int64_t h = 0; h < a->kv_heads; h++) {
+                int64_t count = a->spans[s].count - t < tokens ? a->spans[s].count - t : tokens;
+                int64_t begin = a->spans[s].start + t + 1, end = begin + count - 1;
+                int64_t first = a->window && begin > a->window ? (begin - a->window) / CHUNK : 0;
+                struct piece piece = {.span = s, .head = h, .token = t, .tokens = count, .chunk = first};
+                piece.chunks = (end + CHUNK - 1) / CHUNK - first;
+                piece.part = parts;
+                tasks += piece.chunks;
+                parts += piece.chunks * count * group;
+                cut->pieces[pieces++] = piece;
+            }
+    cut->piece_count = pieces;
+    cut->task_count = 0;
+    if (threads == 1 || pieces >= 4 * threads || tasks == pieces) return 1;
+    if (!grown((void **)&cut->tasks, &cut->task_room, tasks, sizeof *cut->tasks)) return 0;
+    if (!grown((void **)&cut->parts, &cut->part_room, parts, sizeof *cut->parts)) return 0;
+    for (int64_t p = 0; p < pieces; p++)
+        for (int64_t c = 0; c < cut->pieces[p].chunks; c++) {
+            cut->tasks[cut->task_count][0] = p;
+            cut->tasks[cut->task_count++][1] = c;
+        }
+    return 1;
+}
+
+typedef void parallel(int threads, int64_t count, int64_t chunk, suri_work work, const void *argument);
+
+static void attend(const struct attention *a, parallel *on_pool, int threads) {
+    const struct cut *cut = a->cut;
+    if (!cut->task_count) {
+        on_pool(threads, cut->piece_count, 1, whole_pieces, a);
+        return;
+    }
+    on_pool(threads, cut->task_count, 1, chunks_of_pieces, a);
+    on_pool(threads, cut->piece_count, 1, fold_pieces, a);
+}
+
+#endif

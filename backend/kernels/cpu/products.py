@@ -1,0 +1,86 @@
+"""Packed weights in tiles through compiled code: making tiles of a file's blocks, multiplying, decoding.
+
+Callers ask `tiles_library()` first; it is None where there is no compiler. The layout is in weights/tiles.py, its
+slow twin in weights/tiled.py.
+
+Called through ctypes, which takes a microsecond or two and lets other Python threads run meanwhile; an operation
+registered with torch takes longer to get through its dispatcher, and nothing here is to be traced or differentiated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from backend.kernels.cpu.build import library
+from backend.kernels.cpu.memory import empty
+from backend.weights.blocks import BlockFormat
+from backend.weights.tiles import ROWS, tiled_bytes
+
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS = {
+    "suri_retile": (_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
+    "suri_product": (_INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _INT, _POINTER, _INT),
+    "suri_values": (_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
+}
+
+
+@cache
+def tiles_library() -> ctypes.CDLL | None:
+    """The compiled functions with the types of their arguments; None where they cannot be had."""
+    return None if (compiled := library("product")) is None else with_types(compiled)
+
+
+def with_types(compiled: ctypes.CDLL) -> ctypes.CDLL:
+    for name, kinds in _ARGUMENTS.items():
+        function = getattr(compiled, name)
+        function.argtypes, function.restype = kinds, _INT if name == "suri_product" else None
+    compiled.suri_vectors.restype = ctypes.c_char_p
+    return compiled
+
+
+def retile(compiled: ctypes.CDLL, raws: Sequence[torch.Tensor], fmt: BlockFormat) -> torch.Tensor:
+    """Matrices one above the other -> tiles, uint8 (bytes,). raws: uint8 (rows, bytes per row), each in one piece; all
+    but the last of whole tiles."""
+    row_bytes = raws[0].shape[1]
+    columns = row_bytes // fmt.bytes * fmt.elements
+    tiles = empty((tiled_bytes(fmt, sum(raw.shape[0] for raw in raws), columns),), torch.uint8)
+    at = tiles.data_ptr()
+    for raw in raws:
+        if raw.shape[0] % ROWS and raw is not raws[-1]:
+            raise ValueError(f"{raw.shape[0]} rows are not whole tiles of {ROWS}")
+        compiled.suri_retile(fmt.ggml_id, raw.data_ptr(), row_bytes, raw.shape[0], at, torch.get_num_threads())
+        at += raw.nbytes
+    return tiles
+
+
+def product(
+    compiled: ctypes.CDLL,
+    tiles: torch.Tensor,
+    fmt: BlockFormat,
+    rows: int,
+    columns: int,
+    x: torch.Tensor,
+    fine: bool = True,
+) -> torch.Tensor:
+    """x float32 (tokens, columns) -> x W^T, float32 (tokens, rows), with x rounded in groups of 32 columns to 15 bits
+    (`fine`) or to 8."""
+    x = x.contiguous()
+    tokens, threads = x.shape[0], torch.get_num_threads()
+    out = torch.empty(tokens, rows)
+    failed = compiled.suri_product(
+        fmt.ggml_id, tiles.data_ptr(), rows, columns, x.data_ptr(), tokens, fine, out.data_ptr(), threads
+    )
+    if failed:
+        raise MemoryError(f"no memory for the activations of {tokens} tokens")
+    return out
+
+
+def values(compiled: ctypes.CDLL, tiles: torch.Tensor, fmt: BlockFormat, rows: int, columns: int) -> torch.Tensor:
+    """The weight as float32 (rows, columns); bit for bit what `decode.dequantize` makes of the file's blocks."""
+    out = torch.empty(rows, columns)
+    compiled.suri_values(fmt.ggml_id, tiles.data_ptr(), rows, columns, out.data_ptr(), torch.get_num_threads())
+    return out

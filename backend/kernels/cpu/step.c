@@ -1,0 +1,234 @@
+#include "step.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "attention.h"
+#include "wide.h"
+
+enum { TOKENS_AT_ONCE = 4 }; /* a thread takes so many of what is done token by token */
+enum { FINE = 1 };           /* activations of 15 bits, as tiled.py has them */
+
+struct suri_workspace {
+    struct cut cut;
+    void *memory;
+    int64_t bytes;
+};
+
+struct suri_workspace *suri_workspace_new(void) { return calloc(1, sizeof(struct suri_workspace)); }
+
+void suri_workspace_free(struct suri_workspace *workspace) {
+    if (!workspace) return;
+    free(workspace->cut.pieces);
+    free(workspace->cut.tasks);
+    free(workspace->cut.parts);
+    free(workspace->memory);
+    free(workspace);
+}
+
+int64_t suri_workspace_bytes(const struct suri_workspace *workspace) {
+    return workspace->bytes + cut_bytes(&workspace->cut);
+}
+
+/* What the phases of a step read and write. */
+struct run {
+    const struct suri_model *model;
+    const struct suri_step *step;
+    const struct suri_layer *layer;
+    struct attention attention;
+    struct suri_input input; /* of the product that comes next */
+    const float *norm;       /* of the norm that comes next, or 0 where the input is `mixed` as it is */
+    const int64_t *row;      /* which tokens the norm is for; 0: all */
+    int add;                 /* what the last product gave belongs to the residual stream */
+    float *heads;            /* (tokens, heads + 2 kv_heads, head_dim): queries, keys, values */
+    float *mixed;            /* (tokens, heads * head_dim) */
+    float *gates;            /* (tokens, 2 ffn_dim): gate, then up; then their product, (tokens, ffn_dim) */
+    float *change;           /* (tokens, dim) */
+    float *normed;           /* (tokens, dim) */
+    int64_t number;          /* of the layer */
+    int threads;
+};
+
+/* phases ----------------------------------------------------------------------------------------------------------- */
+
+/* x += change; x / sqrt(mean(x^2) + eps) * norm (Zhang and Sennrich 2019, arXiv:1910.07467), as the next input. */
+static void norm_tokens(const void *argument, int64_t first, int64_t last) {
+    const struct run *run = argument;
+    int64_t dim = run->model->dim;
+    for (int64_t t = first; t < last; t++) {
+        int64_t token = run->row ? run->row[t] : t, d = 0;
+        float *x = run->step->x + token * dim, *to = run->normed + t * dim;
+        const float *change = run->change + token * dim;
+        floats squares = all(0.0f);
+        float rest = 0;
+        for (; d + LANES <= dim; d += LANES) {
+            floats own = load(x + d);
+            if (run->add) store(x + d, own = own + load(change + d));
+            squares = own * own + squares;
+        }
+        for (; d < dim; d++) {
+            if (run->add) x[d] += change[d];
+            rest += x[d] * x[d];
+        }
+        float scale = 1.0f / sqrtf((sum_of(squares) + rest) / (float)dim + (float)run->model->norm_eps);
+        for (d = 0; d < dim; d++) to[d] = x[d] * scale * run->norm[d];
+    }
+    run->model->tools.quantise(run->normed, &run->input, first, last);
+}
+
+static void quantise_mixed(const void *argument, int64_t first, int64_t last) {
+    const struct run *run = argument;
+    run->model->tools.quantise(run->mixed, &run->input, first, last);
+}
+
+/* Queries and keys turned by their positions (Su et al. 2021, arXiv:2104.09864), queries scaled for the softmax. */
+INLINE void turn_head(float *head, const float *turns, int64_t size, int64_t interleaved, float scale) {
+    int64_t half = size / 2, apart = interleaved ? 1 : half, step = interleaved ? 2 : 1;
+    for (int64_t i = 0; i < half; i++) {
+        float a = head[i * step], b = head[i * step + apart], c = turns[2 * i], s = turns[2 * i + 1];
+        head[i * step] = (a * c - b * s) * scale;
+        head[i * step + apart] = (a * s + b * c) * scale;
+    }
+}
+
+INLINE void keep(const float *from, void *pool, int64_t kind, int64_t at, int64_t count) {
+    if (kind == KV_F32)
+        memcpy((float *)pool + at, from, (size_t)count * 4);
+    else if (kind == KV_BF16)
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)pool)[at + i] = to_bfloat16(from[i]);
+    else
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)pool)[at + i] = to_float16(from[i]);
+}
+
+static void store_tokens(const struct run *run, const struct suri_span *span, int64_t first, int64_t last) {
+    const struct suri_model *m = run->model;
+    int64_t size = m->head_dim, all_heads = m->heads + 2 * m->kv_heads;
+    float scale = 1.0f / sqrtf((float)size);
+    for (int64_t t = first; t < last; t++) {
+        float *heads = run->heads + (span->first + t) * all_heads * size;
+        const float *turns = run->step->turns + (span->first + t) * size;
+        if (m->interleaved)
+            for (int64_t h = 0; h < m->heads + m->kv_heads; h++)
+                turn_head(heads + h * size, turns, size, 1, h < m->heads ? scale : 1.0f);
+        else
+            for (int64_t h = 0; h < m->heads + m->kv_heads; h++)
+                turn_head(heads + h * size, turns, size, 0, h < m->heads ? scale : 1.0f);
+        int64_t position = span->start + t, slot = span->blocks[position / BLOCK] * (int64_t)BLOCK + position % BLOCK;
+        for (int64_t h = 0; h < m->kv_heads; h++) {
+            char *keys = (char *)m->keys + run->number * m->layer_bytes + h * m->head_bytes;
+            char *values = (char *)m->values + run->number * m->layer_bytes + h * m->head_bytes;
+            keep(heads + (m->heads + h) * size, keys, m->kind, slot * size, size);
+            keep(heads + (m->heads + m->kv_heads + h) * size, values, m->kind, slot * size, size);
+        }
+    }
+}
+
+static void place_tokens(const void *argument, int64_t first, int64_t last) {
+    const struct run *run = argument;
+    for (int64_t s = 0; s < run->step->spans; s++) { /* spans follow each other in the batch */
+        const struct suri_span *span = run->step->span + s;
+        int64_t from = first > span->first ? first - span->first : 0, to = last - span->first;
+        store_tokens(run, span, from, to < span->count ? to : span->count);
+    }
+}
+
+/* SwiGLU (Shazeer 2020, arXiv:2002.05202): gate / (1 + e^-gate) * up, as the next product's input. */
+static void gate_tokens(const void *argument, int64_t first, int64_t last) {
+    const struct run *run = argument;
+    int64_t size = run->model->ffn_dim;
+    for (int64_t t = first; t < last; t++) {
+        const float *gate = run->gates + t * 2 * size, *up = gate + size;
+        float *to = run->mixed + t * size;
+        int64_t d = 0;
+        for (; d + LANES <= size; d += LANES) {
+            floats own = load(gate + d);
+            store(to + d, own / (exponential(-own) + 1.0f) * load(up + d));
+        }
+        for (; d < size; d++) to[d] = gate[d] / (exponential_of(-gate[d]) + 1.0f) * up[d];
+    }
+    run->model->tools.quantise(run->mixed, &run->input, first, last);
+}
+
+static void multiply(const struct run *run, const struct suri_stack *stack, int64_t tokens, float *out) {
+    int64_t row = 0;
+    for (int64_t n = 0; n < stack->count; n++) {
+        const struct suri_weight *part = &stack->parts[n];
+        const struct suri_product product = {
+            (int)part->format, part->rows, stack->columns, part->tiles, &run->input, out + row, stack->rows,
+        };
+        run->model->tools.product_of(&product, run->threads);
+        row += part->rows;
+    }
+    if (stack->bias)
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t r = 0; r < stack->rows; r++) out[t * stack->rows + r] += stack->bias[r];
+}
+
+/* the step --------------------------------------------------------------------------------------------------------- */
+
+static void run_phase(struct run *run, suri_work phase, int64_t tokens, int64_t columns, void *memory) {
+    run->input = run->model->tools.input_in(memory, tokens, columns, FINE);
+    run->model->tools.parallel(run->threads, tokens, TOKENS_AT_ONCE, phase, run);
+}
+
+static void run_layer(struct run *run, void *memory) {
+    const struct suri_model *m = run->model;
+    const struct suri_layer *layer = &m->layer[run->number];
+    int64_t tokens = run->step->tokens;
+    run->norm = layer->attention_norm;
+    run_phase(run, norm_tokens, tokens, m->dim, memory);
+    multiply(run, &layer->qkv, tokens, run->heads);
+    m->tools.parallel(run->threads, tokens, TOKENS_AT_ONCE, place_tokens, run);
+    run->attention.keys = (const char *)m->keys + run->number * m->layer_bytes;
+    run->attention.values = (const char *)m->values + run->number * m->layer_bytes;
+    attend(&run->attention, m->tools.parallel, run->threads);
+    run_phase(run, quantise_mixed, tokens, m->heads * m->head_dim, memory);
+    multiply(run, &layer->o, tokens, run->change);
+    run->add = 1;
+    run->norm = layer->ffn_norm;
+    run_phase(run, norm_tokens, tokens, m->dim, memory);
+    multiply(run, &layer->gate_up, tokens, run->gates);
+    run_phase(run, gate_tokens, tokens, m->ffn_dim, memory);
+    multiply(run, &layer->down, tokens, run->change);
+}
+
+/* Room for all arrays of a step, one after the other, each at a multiple of 64 bytes. */
+static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int suri_run_step(const struct suri_model *m, const struct suri_step *step, struct suri_workspace *workspace,
+                  int threads) {
+    int64_t tokens = step->tokens, inner = m->heads * m->head_dim, widest = inner > m->ffn_dim ? inner : m->ffn_dim;
+    if (m->dim > widest) widest = m->dim;
+    const int64_t sizes[] = {
+        aligned(tokens * (m->heads + 2 * m->kv_heads) * m->head_dim * 4),
+        aligned(tokens * (inner > m->ffn_dim ? inner : m->ffn_dim) * 4),
+        aligned(tokens * 2 * m->ffn_dim * 4),
+        aligned(tokens * m->dim * 4),
+        aligned(tokens * m->dim * 4),
+        aligned(m->tools.input_bytes(tokens, widest, FINE)),
+    };
+    int64_t total = 64;
+    for (int i = 0; i < 6; i++) total += sizes[i];
+    if (total > workspace->bytes) {
+        free(workspace->memory);
+        workspace->memory = malloc((size_t)total);
+        workspace->bytes = workspace->memory ? total : 0;
+        if (!workspace->memory) return -1;
+    }
+    char *at[6], *next = (char *)(((uintptr_t)workspace->memory + 63) & ~(uintptr_t)63);
+    for (int i = 0; i < 6; next += sizes[i++]) at[i] = next;
+    struct run run = {.model = m, .step = step, .threads = threads, .heads = (float *)at[0], .mixed = (float *)at[1],
+                      .gates = (float *)at[2], .change = (float *)at[3], .normed = (float *)at[4]};
+    run.attention = (struct attention){
+        .queries = run.heads, .query_stride = (m->heads + 2 * m->kv_heads) * m->head_dim, .out = run.mixed,
+        .spans = step->span, .head_bytes = m->head_bytes, .kind = (int)m->kind, .heads = m->heads,
+        .kv_heads = m->kv_heads, .head_dim = m->head_dim, .window = m->window, .cut = &workspace->cut,
+    };
+    if (!plan_cut(&run.attention, step->spans, threads)) return -1;
+    for (run.number = 0; run.number < m->layers; run.number++) run_layer(&run, at[5]);
+    run.norm = m->norm;
+    run.row = step->row;
+    run_phase(&run, norm_tokens, step->rows, m->dim, at[5]);
+    multiply(&run, &m->output, step->rows, step->logits);
+    return 0;
+}

@@ -1,0 +1,78 @@
+/* A whole step of a LLaMA decoder in one call: what backend/model/llama.py says, on tiles, for a flat batch of tokens.
+ *
+ * Every number of a token is computed by the same operations in the same order, whatever other tokens are in the batch
+ * and however many threads work: a reply is the same alone, among others, and read again after an interruption.
+ */
+#ifndef SURI_STEP_H
+#define SURI_STEP_H
+#include <stdint.h>
+
+#include "pool.h"
+#include "product.h"
+
+enum { MAX_PARTS = 3 };
+
+/* What this library uses of the other one (pool.c, product.c), which the process has only once. */
+struct suri_tools {
+    void (*parallel)(int threads, int64_t count, int64_t chunk, suri_work work, const void *argument);
+    void (*quantise)(const float *x, const struct suri_input *input, int64_t first, int64_t last);
+    void (*product_of)(const struct suri_product *product, int threads);
+    int64_t (*input_bytes)(int64_t tokens, int64_t columns, int fine);
+    struct suri_input (*input_in)(void *memory, int64_t tokens, int64_t columns, int fine);
+};
+
+/* Weights that read the same input, one above the other. */
+struct suri_weight {
+    int64_t format, rows; /* format: of formats.h */
+    const uint8_t *tiles;
+};
+
+struct suri_stack {
+    int64_t count, rows, columns; /* rows: of all parts */
+    struct suri_weight parts[MAX_PARTS];
+    const float *bias; /* (rows,), or 0 */
+};
+
+struct suri_layer {
+    const float *attention_norm, *ffn_norm; /* (dim,) */
+    struct suri_stack qkv, o, gate_up, down;
+};
+
+struct suri_model {
+    struct suri_tools tools;
+    int64_t dim, ffn_dim, heads, kv_heads, head_dim, layers, window; /* window: 0 for none */
+    double norm_eps;
+    int64_t interleaved; /* which pairs are turned: see ModelConfig.rope_interleaved */
+    const struct suri_layer *layer;
+    const float *norm;
+    struct suri_stack output;
+    /* The cache: (layers, kv_heads, slots, head_dim) of `kind` (attend.h), in blocks of 32 slots. */
+    void *keys, *values;
+    int64_t layer_bytes, head_bytes, kind;
+};
+
+/* One sequence's tokens in the batch: `first` .. `first + count - 1`, at positions `start` .. of the sequence. The
+ * sequence's tokens 32 n .. 32 n + 31 are in the cache's block blocks[n]. */
+struct suri_span {
+    int64_t first, count, start;
+    const int32_t *blocks;
+};
+
+struct suri_step {
+    int64_t tokens, spans, rows;
+    float *x;                      /* (tokens, dim): embeddings; overwritten */
+    const float *turns;            /* (tokens, head_dim / 2, 2): cosine and sine */
+    const struct suri_span *span;
+    const int64_t *row;            /* (rows,): which tokens' logits are wanted */
+    float *logits;                 /* (rows, output rows) */
+};
+
+/* Memory between steps: it grows with the largest step. */
+struct suri_workspace *suri_workspace_new(void);
+void suri_workspace_free(struct suri_workspace *workspace);
+int64_t suri_workspace_bytes(const struct suri_workspace *workspace);
+
+/* 0, or -1 where there is no memory; then nothing was computed that counts. */
+int suri_run_step(const struct suri_model *model, const struct suri_step *step, struct suri_workspace *workspace,
+                  int threads);
+#endif
