@@ -86,7 +86,7 @@ def codebook_linear(place: LinearPlace) -> Opened:
         packed = weight.view().reshape(-1).view(torch.uint8)
         return Codebook4(packed, (place.rows, place.columns), book.view(), scale, block, release)
 
-    return place.info("weight", StorageFormat(kind.upper()), used), read
+    return place.info("weight", StorageFormat(kind.upper(), codebook=block), used), read
 
 
 class _State:

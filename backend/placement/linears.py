@@ -1,42 +1,56 @@
 """How a weight is kept: from what its file holds (`Stored`) to what the model multiplies with (`Linear`).
 
-One function, `build`, decides it for every value of the preset's key `weights`. Where a linear lives (device, resident
-or streamed) is the loader's business, not this file's.
+One function, `build`, decides it for every value of the preset's key `weights`. What a file has quantised to the asked
+form already is taken over, code by code; anything else is decoded and quantised, some rows at a time (quantised.py).
+Where a linear lives (device, resident or streamed) is the loader's business, not this file's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from backend.kernels.cpu.memory import empty
-from backend.weights.bnb import Int8Rows
-from backend.weights.int4 import Int4Linear, can_stack
-from backend.weights.int8 import Int8Linear
+from backend.placement.quantised import int8_linear, is_int4, kept_linear, llm_int8_linear, nf4_linear, quantised_int4
+from backend.weights.blocks import Q4_1
+from backend.weights.int4 import ROW_TILE, Int4Linear, can_stack
+from backend.weights.int4_grouped import GroupedInt4Linear
 from backend.weights.linear import Linear, PlainLinear, SplitLinear
 from backend.weights.lora import LowRank, lora_linear
 from backend.weights.stored import Blocks, Stored, copy_values
+from backend.weights.tiled import TiledLinear, multiplies_rightly
+from backend.weights.tiles import is_tiled
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+# Forms of rows that are the same on every device.
+ROW_FORMS: dict[str, Callable[[Sequence[Stored]], Linear | None]] = {
+    "llm-int8": llm_int8_linear,
+    "int8": int8_linear,
+    "nf4": nf4_linear,
+}
 
 
-def build(parts: list[Stored], weights: str) -> Linear:
-    """One product of weights that read the same input, one above the other; their file pages are given back."""
-    if weights != "original" or (None not in (kinds := {part.dtype for part in parts}) and len(kinds) == 1):
+def build(parts: list[Stored], weights: str, device: str = "cpu") -> Linear:
+    """One product of weights that read the same input, one above the other; their file pages are given back.
+
+    `weights`: how they are kept, a value of the preset's key. `device`: the type of device that will multiply, because
+    layouts for the CPU mean nothing elsewhere. The result is on the CPU.
+    """
+    if weights in DTYPES or (weights == "original" and _plain(parts)):
         return PlainLinear(values(parts, weights))
-    if any(isinstance(part, LowRank) for part in parts):
-        # Packed weights are kept as they are, with their adapters beside them.
-        linears = [lora_linear(part, lambda base: build([base], weights)) for part in parts]
+    if any(isinstance(part, LowRank) and part.dtype is None for part in parts):
+        # Packed weights are kept packed, with their adapters beside them.
+        linears = [lora_linear(part, lambda base: build([base], weights, device)) for part in parts]
         return SplitLinear(linears) if len(linears) > 1 else linears[0]
-    packed = _packed(parts)
-    if packed is not None:
+    linear = ROW_FORMS[weights](parts) if weights in ROW_FORMS else _packed_form(parts, weights, device)
+    if linear is not None:
         for part in parts:
             part.release()
-        return packed
+        return linear
     if len(parts) > 1:
-        return SplitLinear([build([part], weights) for part in parts])
-    return PlainLinear(values(parts, weights))
+        return SplitLinear([build([part], weights, device) for part in parts])
+    return PlainLinear(values(parts, "original" if weights == "original" else "bf16"))
 
 
 def values(parts: Sequence[Stored], weights: str) -> torch.Tensor:
@@ -51,16 +65,38 @@ def values(parts: Sequence[Stored], weights: str) -> torch.Tensor:
     return out
 
 
+def _plain(parts: Sequence[Stored]) -> bool:
+    """Whether all are numbers of one type."""
+    kinds = {part.dtype for part in parts}
+    return None not in kinds and len(kinds) == 1
+
+
+def _packed_form(parts: Sequence[Stored], weights: str, device: str) -> Linear | None:
+    """4-bit codes as they are in the file, or (int4) made here; on the CPU other packed weights too."""
+    if weights == "int4":
+        if parts[0].shape[1] % Q4_1.elements:
+            return None
+        parts = [part if is_int4(part) else quantised_int4(part) for part in parts]
+    kept = kept_linear(parts)
+    if kept is not None:
+        return kept
+    if device == "cpu":
+        return _packed(parts)
+    planes = [planes for part in parts if (planes := part.planes()) is not None]
+    if len(planes) < len(parts) or not can_stack(planes, [ROW_TILE] * len(parts)):
+        return None
+    return GroupedInt4Linear.of_planes(planes)
+
+
 def _packed(parts: Sequence[Stored]) -> Linear | None:
     """One product of weights as they are packed in the file; None where there is no packed product for them."""
     blocks = [part for part in parts if isinstance(part, Blocks)]
     if len(blocks) == len(parts) and len({part.format for part in blocks}) == 1:
-        linear = Int4Linear.of_blocks([part.raw for part in blocks], blocks[0].format)
+        linear = TiledLinear.of_blocks([part.raw for part in blocks], blocks[0].format)
         if linear is not None:
             return linear
-    rows = [part for part in parts if isinstance(part, Int8Rows)]
-    if len(rows) == len(parts):
-        return Int8Linear(torch.cat([part.codes for part in rows]), torch.cat([part.scale for part in rows]))
+    if len(parts) > 1 and any(multiplies_rightly(part.format) for part in blocks if is_tiled(part.format)):
+        return None  # each for itself: planes are the slower way
     planes = [planes for part in parts if (planes := part.planes()) is not None]
     if len(planes) == len(parts) and can_stack(planes, [part.shape[0] for part in parts]):
         return Int4Linear.of_planes(planes)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StorageFormat:
-    """How values are stored. What it becomes in memory with `weights: original` follows from the three fields:
+    """How values are stored. What it becomes in memory with `weights: original` follows from the fields:
 
     a plain format stays as it is; `planes` > 0: that many planes of 4-bit codes with a scale and zero per `group`
-    columns; `int8`: one byte per value and a scale per row; none of these: decoded to bfloat16.
+    columns; `int8`: one byte per value and a scale per row; `codebook`: 4-bit codes with a scale for so many values
+    of a row, where rows are whole blocks; none of these: decoded to bfloat16.
     """
 
     name: str
@@ -22,6 +23,7 @@ class StorageFormat:
     group: int = 32
     plain: int = 0  # bytes per value of a plain format
     int8: bool = False
+    codebook: int = 0
 
 
 @dataclass(frozen=True)

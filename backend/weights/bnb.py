@@ -53,8 +53,8 @@ class Codebook4:
         block: int,
         release: Callable[[], None] | None = None,
     ) -> None:
-        self._packed, self._shape, self._absmax, self._block = packed, shape, absmax, block
-        self._release = release
+        self.packed, self._shape, self.absmax, self.block = packed, shape, absmax, block
+        self.book, self._release = tuple(code_book.tolist()), release
         byte = torch.arange(256)
         self._pairs = torch.stack([code_book[byte >> 4], code_book[byte & 15]], dim=-1)  # (256, 2)
 
@@ -69,13 +69,13 @@ class Codebook4:
     def float32(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         rows, columns = self._shape
         stop = rows if stop is None else min(stop, rows)
-        first_block, last_block = start * columns // self._block, -(-stop * columns // self._block)
-        at = first_block * self._block  # even, because blocks are
-        packed = self._packed[at // 2 : last_block * self._block // 2]
-        blocks = torch.zeros(last_block - first_block, self._block)  # the last may be longer than the values
+        first_block, last_block = start * columns // self.block, -(-stop * columns // self.block)
+        at = first_block * self.block  # even, because blocks are
+        packed = self.packed[at // 2 : last_block * self.block // 2]
+        blocks = torch.zeros(last_block - first_block, self.block)  # the last may be longer than the values
         values = self._pairs.index_select(0, packed.int()).flatten()
         blocks.view(-1)[: values.numel()] = values
-        blocks.mul_(self._absmax[first_block:last_block, None])
+        blocks.mul_(self.absmax[first_block:last_block, None])
         return blocks.view(-1)[start * columns - at : stop * columns - at].view(stop - start, columns)
 
     def planes(self) -> Planes | None:

@@ -54,6 +54,7 @@ def nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 def bits(packed: torch.Tensor, value: int) -> torch.Tensor:
     """(..., n) bytes -> (..., 8 n): `value` where a bit is set, lowest bit first, else 0."""
-    spread = (torch.arange(256)[:, None] >> torch.arange(8) & 1).to(torch.uint8) * value
+    byte, bit = torch.arange(256, device=packed.device), torch.arange(8, device=packed.device)
+    spread = (byte[:, None] >> bit & 1).to(torch.uint8) * value
     words = spread.view(torch.int64).view(256)  # eight bytes at once
     return words[packed.int()].view(torch.uint8)

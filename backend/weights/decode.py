@@ -21,14 +21,14 @@ PLAIN_TYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16, F64
 
 
 def dequantize(raw: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
-    """Decode rows of any format in `blocks.FORMATS` or `legacy.LEGACY` to float32 (rows, columns); a copy."""
+    """Decode rows of any format in `blocks.FORMATS` or `legacy.LEGACY` to float32 (rows, columns): a copy beside it."""
     rows, columns = raw.shape[0], raw.shape[1] // fmt.bytes * fmt.elements
     if fmt in PLAIN_TYPES:
         # A view needs its bytes aligned to the type; a slice of a mapped file is promised nothing.
         flat = raw.contiguous()
         typed = (flat if flat.storage_offset() % fmt.bytes == 0 else flat.clone()).view(PLAIN_TYPES[fmt])
-        return torch.empty(typed.shape, dtype=torch.float32).copy_(typed)
-    out = torch.empty(rows, columns)
+        return torch.empty(typed.shape, dtype=torch.float32, device=raw.device).copy_(typed)
+    out = torch.empty(rows, columns, device=raw.device)
     blocks, values = raw.reshape(rows * columns // fmt.elements, fmt.bytes), out.view(-1, fmt.elements)
     step = CHUNK // fmt.elements
     for start in range(0, len(blocks), step):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import gguf
 import numpy as np
@@ -23,7 +24,7 @@ def split_iq4_nl(blocks: torch.Tensor) -> Codes:
 
 def split_iq4_xs(blocks: torch.Tensor) -> Codes:
     """8 groups of 32: d, the scales' high bits (u16), their low nibbles (4 bytes), codes; scale d * (s - 32)."""
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
     high = ((blocks[:, 2:4, None] >> shifts) & 3).flatten(1)  # (n, 8)
     low = torch.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], dim=-1).flatten(1)
     scales = ((low | (high << 4)) - 32).view(torch.int8).float()
@@ -42,7 +43,7 @@ def split_mxfp4(blocks: torch.Tensor) -> Codes:
 def library_decode(blocks: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -> None:
     """Whole blocks, uint8 (n, bytes), of a format that the package knows, to `out`, float32 (n, elements)."""
     assert fmt.ggml_id is not None
-    raw = blocks.clone(memory_format=torch.contiguous_format).numpy()
+    raw = blocks.cpu().clone(memory_format=torch.contiguous_format).numpy()
     with np.errstate(all="ignore"):  # scales that are no numbers are the reader's business
         values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(fmt.ggml_id))
     out.copy_(torch.from_numpy(values))
@@ -50,8 +51,13 @@ def library_decode(blocks: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) ->
 
 def _values(codes: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
     """The values of the codes plus 128, so that they are bytes."""
-    table = torch.tensor([value + 128 for value in values], dtype=torch.uint8)
-    return table.index_select(0, codes.int().flatten()).view(codes.shape)
+    return _table(values, codes.device).index_select(0, codes.int().flatten()).view(codes.shape)
+
+
+@cache
+def _table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """uint8 (16,), made once: on a GPU, making it means waiting for the device."""
+    return torch.tensor([value + 128 for value in values], dtype=torch.uint8, device=device)
 
 
 SPLIT_IQ: dict[BlockFormat, Callable[[torch.Tensor], Codes]] = {

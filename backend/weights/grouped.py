@@ -186,6 +186,11 @@ class Grouped:
             by_group.sub_(zero).mul_(scale)
         return values
 
+    @property
+    def planes_kept(self) -> int:
+        """How many planes there are; 0 where there is no such form."""
+        return (1 if self.bits < 8 else 2) if self._grouping.plane_group else 0
+
     def planes(self) -> Planes | None:
         group = self._grouping.plane_group
         if not group:

@@ -81,6 +81,15 @@ class Int4Linear:
             eye = eye.index_select(-1, self._order)
         return self._product(eye).T.contiguous()
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        planes = [tensor for plane in self._planes for tensor in plane]
+        return tuple(planes) if self._order is None else (*planes, self._order)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Int4Linear:
+        planes = list(zip(tensors[0::2], tensors[1::2]))  # an odd one at the end is the order of columns
+        order = None if self._order is None else tensors[-1]
+        return Int4Linear(planes, self.out_features, self.in_features, self._group, order)
+
     def _product(self, x16: torch.Tensor) -> torch.Tensor:
         total = self._multiply(x16, *self._planes[0])
         for plane in self._planes[1:]:

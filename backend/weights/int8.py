@@ -1,17 +1,27 @@
-"""One signed byte per weight and one scale per row, through torch's mixed int8 product on the CPU.
+"""One signed byte per weight and one scale per row: weight-only int8.
 
-`aten::_weight_int8pack_mm` multiplies bfloat16 activations by int8 weights. What was found out about it in torch 2.13:
-its float32 form is a scalar loop; in features that are no multiple of 16 are read beyond their end (wrong numbers, or a
-crash); for many tokens, converting the weights to bfloat16 and a dense product is faster. Codes are exact in bfloat16
-(8 significant bits), and the scale is applied in float32 after the sum: only activations and sums are rounded.
+    W[out, in] = code * scale[out]
+
+A few tokens are multiplied in float32 by compiled code. For some more (and without a compiler) there is torch's
+`aten::_weight_int8pack_mm`, which multiplies bfloat16 activations by int8 weights. What was found out about it in torch
+2.13: its float32 form is a scalar loop; in features that are no multiple of 16 are read beyond their end (wrong
+numbers, or a crash); for many tokens, converting the weights to bfloat16 and a dense product is faster. Codes are exact
+in bfloat16 (8 significant bits), and the scale is applied in float32 after the sum: only activations and sums are
+rounded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
-_MULTIPLE = 16  # of in features, for the kernel
+from backend.kernels.cpu import rows
+from backend.kernels.cuda import products
+
+_MULTIPLE = 16  # of in features, for torch's kernel
+_COMPILED_TOKENS = 8  # with more, torch's kernel is faster
 _KERNEL_TOKENS = 32  # with more, converting pays
 _CHUNK = 1 << 20  # weights converted at once: 2 MiB of bfloat16
 
@@ -25,12 +35,23 @@ class Int8Linear:
         self.out_features, self.in_features = codes.shape
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu" and x.shape[0] <= _COMPILED_TOKENS:
+            y = rows.int8(x, self._codes, self._scale)
+            if y is not None:
+                return y
+        if x.is_cuda and (y := products.int8(x, self._codes, self._scale)) is not None:
+            return y
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """The product in bfloat16 by torch."""
         x16 = x.bfloat16()
-        if self.in_features % _MULTIPLE == 0 and 0 < x.shape[0] <= _KERNEL_TOKENS and x16.is_contiguous():
+        whole = self.in_features % _MULTIPLE == 0 and x16.is_contiguous()
+        if x.device.type == "cpu" and whole and 0 < x.shape[0] <= _KERNEL_TOKENS:
             one = torch.ones(self.out_features, dtype=torch.bfloat16)
             return torch.ops.aten._weight_int8pack_mm(x16, self._codes, one).float().mul_(self._scale)
         step = max(1, _CHUNK // self.in_features)
-        parts = [F.linear(x16, rows.bfloat16()) for rows in self._codes.split(step)]
+        parts = [F.linear(x16, some.bfloat16()) for some in self._codes.split(step)]
         return torch.cat(parts, dim=-1).float().mul_(self._scale)
 
     def nbytes(self) -> int:
@@ -38,3 +59,16 @@ class Int8Linear:
 
     def twin(self) -> torch.Tensor:
         return self._codes.float() * self._scale[:, None]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self._codes, self._scale
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Int8Linear:
+        return Int8Linear(*tensors)
+
+
+def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 (rows, columns) -> codes int8 -127..127, and what one code is worth, float32 (rows,)."""
+    largest = values.abs().amax(1)
+    each = torch.where(largest > 0, 127 / largest, 0)
+    return (values * each[:, None]).round_().to(torch.int8), largest / 127

@@ -5,11 +5,14 @@ The model never asks how a weight is stored. `twin()` is the slow, obvious float
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from backend.kernels.cuda import products
 from backend.weights.blocks import BlockFormat
 from backend.weights.decode import dequantize
 
@@ -30,6 +33,14 @@ class Linear(Protocol):
         """The weight as float32 (out, in), as the fast path means it."""
         ...
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All memory it holds, always in the same order."""
+        ...
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Linear:
+        """The same weight reading these instead: same shapes and dtypes, other memory or another device."""
+        ...
+
 
 class PlainLinear:
     """A dense matrix in float32, bfloat16 or float16; the multiplication runs in that type."""
@@ -39,6 +50,8 @@ class PlainLinear:
         self.out_features, self.in_features = weight.shape
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda and (y := products.rows(x, self.weight)) is not None:
+            return y
         return F.linear(x.to(self.weight.dtype), self.weight).float()
 
     def nbytes(self) -> int:
@@ -46,6 +59,12 @@ class PlainLinear:
 
     def twin(self) -> torch.Tensor:
         return self.weight.float()
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.weight,)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> PlainLinear:
+        return PlainLinear(*tensors)
 
 
 class SplitLinear:
@@ -65,6 +84,13 @@ class SplitLinear:
     def twin(self) -> torch.Tensor:
         return torch.cat([part.twin() for part in self.parts])
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor for part in self.parts for tensor in part.tensors())
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> SplitLinear:
+        left = iter(tensors)
+        return SplitLinear([part.with_tensors([next(left) for _ in part.tensors()]) for part in self.parts])
+
 
 class BiasedLinear:
     """y = x W^T + b. The bias, float32 (out,), is zero where one of several stacked weights has none."""
@@ -82,6 +108,13 @@ class BiasedLinear:
     def twin(self) -> torch.Tensor:
         return self.linear.twin()
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (*self.linear.tensors(), self.bias)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> BiasedLinear:
+        *inner, bias = tensors
+        return BiasedLinear(self.linear.with_tensors(inner), bias)
+
 
 class Embedding(Protocol):
     """Rows of a table, looked up. `ids` (tokens,) int64 -> float32 (tokens, dim)."""
@@ -89,6 +122,10 @@ class Embedding(Protocol):
     def __call__(self, ids: torch.Tensor) -> torch.Tensor: ...
 
     def nbytes(self) -> int: ...
+
+    def tensors(self) -> tuple[torch.Tensor, ...]: ...
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Embedding: ...
 
 
 class PlainEmbedding:
@@ -100,6 +137,12 @@ class PlainEmbedding:
 
     def nbytes(self) -> int:
         return self.table.nbytes
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.table,)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> PlainEmbedding:
+        return PlainEmbedding(*tensors)
 
 
 class BlockEmbedding:
@@ -113,3 +156,11 @@ class BlockEmbedding:
 
     def nbytes(self) -> int:
         return self.raw.nbytes
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.raw,)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> BlockEmbedding:
+        other = copy.copy(self)  # not a new one, which would copy its bytes
+        (other.raw,) = tensors
+        return other

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,13 @@ class LoraLinear:
 
     def twin(self) -> torch.Tensor:
         return self.base.twin() + self.scale * (self.b @ self.a)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (*self.base.tensors(), self.a, self.b)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> LoraLinear:
+        *inner, a, b = tensors
+        return LoraLinear(self.base.with_tensors(inner), a, b, self.scale)
 
 
 def lora_linear(stored: Stored, build: Callable[[Stored], Linear]) -> Linear:
