@@ -6,18 +6,24 @@ The file names come from listing the presets folder, never from a request, so no
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from backend.errors import ParameterError, PresetError, nearest
 from backend.params import GenerationParams
+from backend.strictyaml import read_yaml
+from backend.units import parse_bytes
 
-WEIGHTS = ("original", "bf16", "f16", "f32")
-DEVICES = ("auto", "cpu")
+# original: as the file holds them. How each is kept: docs/presets.md, backend/placement/linears.py.
+WEIGHTS = ("original", "bf16", "f16", "f32", "llm-int8", "int8", "int4", "nf4")
+DEVICES = ("auto", "cuda", "mps", "cpu")  # and cuda:N; auto: the first of the others that this machine has
+# What is offloaded: everything, or one half of every layer. docs/presets.md tells the seeds' names for them.
+PLACEMENTS = ("auto", "gpu", "cpu", "offload-all", "offload-ff", "offload-attention")
+# Weights that `placement: {resident: [...]}` can name: those of the layers, and the two large tables.
+RESIDENT = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output", "tok_embeddings")
 KV_CACHES = ("auto", "f32", "bf16", "f16")
 # auto: the model's own, else what its vocabulary or name says. The others are those of backend/text/formats.py.
 PROMPT_FORMATS = (
@@ -26,8 +32,7 @@ PROMPT_FORMATS = (
 )  # fmt: skip
 # Numbers of a model that may be corrected, and their ranges.
 OVERRIDES = {"norm_eps": (1e-12, 1e-1), "rope_theta": (1.0, 1e15), "rope_factor": (1e-3, 1e6), "context": (64, 1 << 24)}
-MAX_PRESET_BYTES = 1 << 16
-MAX_DIGITS = 64  # of a whole number, in any base
+_CUDA = re.compile(r"cuda:(0|[1-9][0-9]?)")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Preset:
     title: str = ""
     weights: str = "original"
     device: str = "auto"
+    vram: int | None = None  # bytes of the GPU for everything; None: what is free, less a margin
+    ram: int | None = None  # bytes of memory for weights and cache; None: what is free, less a margin
+    placement: str | tuple[str, ...] = "auto"  # one of PLACEMENTS, or the weights that stay resident: RESIDENT
     context: int | None = None  # tokens of one chat; None: what the model was made for
     kv_cache: str = "auto"  # type of cached keys and values; auto: f32 for f32 weights, else bf16
     kv_tokens: int | None = None  # tokens the cache holds for all chats together; None: twice the context
@@ -49,7 +57,7 @@ class Preset:
 
 
 _KEYS = tuple(f.name for f in dataclasses.fields(Preset) if f.name != "name") + ("extends",)
-_CHOICES = {"weights": WEIGHTS, "device": DEVICES, "kv_cache": KV_CACHES}
+_CHOICES = {"weights": WEIGHTS, "kv_cache": KV_CACHES}
 
 
 class PresetFolder:
@@ -60,8 +68,8 @@ class PresetFolder:
 
     def names(self) -> list[str]:
         """Names in the order of the folder listing: `auto` and the starter first, then by name."""
-        found = sorted(path.stem for path in self.folder.glob("*.yaml")) if self.folder.is_dir() else []
-        return sorted(found, key=lambda name: (name != "auto", name != "starter", name))
+        found = [path.stem for path in self.folder.glob("*.yaml")] if self.folder.is_dir() else []
+        return sorted(found, key=lambda name: (name != "auto", name != "starter", _by_number(name)))
 
     def read(self, name: str) -> Preset:
         """Read one preset by its name in this folder."""
@@ -85,7 +93,7 @@ class PresetFolder:
         """The file's checked values on top of those of the preset it extends."""
         if path in seen:
             raise PresetError(f"{path}: 'extends' leads back to itself")
-        values = _checked_values(path, _parse(path))
+        values = _checked_values(path, read_yaml(path))
         other = values.pop("extends", None)
         if other is None:
             return values
@@ -97,51 +105,9 @@ class PresetFolder:
         return base | values
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(MAX_PRESET_BYTES + 1)
-    except FileNotFoundError:
-        raise PresetError(f"{path}: there is no such preset file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PresetError(f"{path}: cannot be read ({error})") from None
-    if len(text) > MAX_PRESET_BYTES:
-        raise PresetError(f"{path}: a preset has at most {MAX_PRESET_BYTES} characters")
-    try:
-        values = _StrictLoader(text).get_single_data()
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that cannot be one
-        raise PresetError(f"{path}: {_one_line(error)}") from None
-    except RecursionError:
-        raise PresetError(f"{path}: lists within lists within lists; a preset is lines of 'key: value'") from None
-    if not isinstance(values, dict):
-        raise PresetError(f"{path}: expected lines of the form 'key: value'")
-    return values
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain values only: no tags that make objects (SafeLoader), no aliases (small files that unfold to gigabytes), no
-    key twice (the second would win silently)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed in a preset")
-        return super().compose_node(parent, index)
-
-    def compose_scalar_node(self, anchor: Any) -> Any:
-        node = super().compose_scalar_node(anchor)
-        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:  # too long for Python to write out
-            raise yaml.YAMLError(f"a whole number of {len(node.value)} digits")
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):  # a list is refused below
-                if key in seen:
-                    raise yaml.YAMLError(f"the key '{key}' appears twice")
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts 8gb before 10gb."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]{1,9})", name)]
 
 
 def _checked_values(path: Path, values: dict[Any, Any]) -> dict[str, Any]:
@@ -157,6 +123,12 @@ def _checked_values(path: Path, values: dict[Any, Any]) -> dict[str, Any]:
 def _checked_value(path: Path, key: str, value: Any) -> Any:
     if key in ("context", "kv_tokens"):
         return _checked_tokens(path, key, value)
+    if key in ("vram", "ram"):
+        return _checked_budget(path, key, value)
+    if key == "placement":
+        return _checked_placement(path, value)
+    if key == "device":
+        return _checked_device(path, value)
     if key == "sampling":
         if not isinstance(value, dict):
             raise PresetError(f"{path}: sampling is {value!r}, expected a list of 'parameter: value'")
@@ -209,9 +181,36 @@ def _checked_tokens(path: Path, key: str, value: Any) -> int | None:
     return value
 
 
+def _checked_budget(path: Path, key: str, value: Any) -> int | None:
+    if value == "auto":
+        return None
+    try:
+        return parse_bytes(value if isinstance(value, str | int) else str(value))
+    except ValueError as error:
+        raise PresetError(f"{path}: {key} is {value!r}; {error}, or auto") from None
+
+
+def _checked_device(path: Path, value: Any) -> str:
+    if isinstance(value, str) and (value in DEVICES or _CUDA.fullmatch(value)):
+        return value
+    hint = nearest(str(value), DEVICES)
+    raise PresetError(f"{path}: device is {value!r}, expected one of {_listed(DEVICES)} or cuda:N{hint}")
+
+
+def _checked_placement(path: Path, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value in PLACEMENTS:
+        return value
+    if isinstance(value, dict) and list(value) == ["resident"] and isinstance(value["resident"], list):
+        for name in value["resident"]:
+            if name not in RESIDENT:
+                known = nearest(str(name), RESIDENT) or f"; known names: {_listed(RESIDENT)}"
+                raise PresetError(f"{path}: placement: resident: unknown weight {name!r}{known}")
+        return tuple(name for name in RESIDENT if name in value["resident"])
+    hint = nearest(value, PLACEMENTS) if isinstance(value, str) else ""
+    raise PresetError(
+        f"{path}: placement is {value!r}, expected one of {_listed(PLACEMENTS)} or {{resident: [w1, w2, ...]}}{hint}"
+    )
+
+
 def _listed(choices: Iterable[str]) -> str:
     return ", ".join(choices)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

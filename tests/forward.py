@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,10 +18,12 @@ BLOCK = 32
 
 
 class Session:
-    """A loaded checkpoint with a cache of its own for one sequence."""
+    """A loaded checkpoint with a cache of its own for one sequence. `placing`: where its parts are, as `load_model`."""
 
-    def __init__(self, checkpoint: Checkpoint, weights: str = "f32", tokens: int = 256, kv: str = "f32") -> None:
-        self.loaded = load_model(checkpoint, weights, "test")
+    def __init__(
+        self, checkpoint: Checkpoint, weights: str = "f32", tokens: int = 256, kv: str = "f32", **placing: Any
+    ) -> None:
+        self.loaded = load_model(checkpoint, weights, "test", **placing)
         blocks = -(-tokens // BLOCK)
         self._blocks = list(range(blocks))
         pool = KVPool(checkpoint.config, blocks, BLOCK, DTYPES[kv])

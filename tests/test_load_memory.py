@@ -67,3 +67,17 @@ def test_packed_weights_are_never_there_twice(tmp_path: Path, kind: str) -> None
     # Without compiled repacking a pair of matrices is unpacked at once: some bytes for each of its codes.
     print(kind, final, most)
     assert most < 1.15 * final + (8e6 if compiled else 8 * 2 * 1024 * 4096)
+
+
+@pytest.mark.parametrize("weights", ["int8", "llm-int8", "int4", "nf4"])
+def test_quantising_needs_the_result_and_one_product(tmp_path: Path, weights: str) -> None:
+    """Never the values of the whole model: here they are four times the file's layers in float32."""
+    model = TinyModel(
+        weights="BF16", tied=False, n_layers=6, dim=1024, n_heads=8, n_kv_heads=8, head_dim=128, ffn_dim=4096
+    )
+    path = write_tiny(tmp_path / "model.gguf", model)
+    small = write_tiny(tmp_path / "small.gguf", TinyModel(weights="F32"))
+    final, _, most = peak(path, small, weights)
+    product = 2 * 4096 * 1024 * 2  # the largest, as the file has it
+    assert final > 50e6
+    assert most < 1.15 * final + product + 32e6  # some times 4 MiB while rows are quantised

@@ -8,8 +8,9 @@ import pytest
 
 from backend.errors import PresetError
 from backend.params import GenerationParams
-from backend.presets import MAX_PRESET_BYTES, PROMPT_FORMATS, Preset, PresetFolder
+from backend.presets import DEVICES, PLACEMENTS, PROMPT_FORMATS, Preset, PresetFolder
 from backend.settings import PROJECT
+from backend.strictyaml import MAX_PRESET_BYTES
 
 
 @pytest.fixture
@@ -176,3 +177,74 @@ def test_sampling_is_merged_value_by_value(folder: Path) -> None:
     (folder / "mine.yaml").write_text("extends: base\nsampling: {top_k: 7}\n")
     sampling = PresetFolder(folder).read("mine").sampling
     assert (sampling.temperature, sampling.top_k) == (0.3, 7)
+
+
+# where and how much -------------------------------------------------------------------------------------------------
+
+
+def test_budgets_are_sizes(folder: Path) -> None:
+    for text, size in {
+        "10GiB": 10 << 30, "10 GB": 10**10, "512MiB": 512 << 20, "1.5gib": 3 << 29, "8589934592": 8 << 30,
+        "4194304 B": 4 << 20, "2 tb": 2 * 10**12, "auto": None,
+    }.items():  # fmt: skip
+        preset = read(folder, f"model: x\nvram: {text}\nram: {text}\n")
+        assert (preset.vram, preset.ram) == (size, size)
+
+
+def test_devices(folder: Path) -> None:
+    for device in (*DEVICES, "cuda:0", "cuda:12"):
+        assert read(folder, f"model: x\ndevice: {device}\n").device == device
+
+
+def test_placements(folder: Path) -> None:
+    for name in PLACEMENTS:
+        assert read(folder, f"model: x\nplacement: {name}\n").placement == name
+    listed = read(folder, "model: x\nplacement: {resident: [w3, w1, output, wq, w1]}\n")
+    assert listed.placement == ("wq", "w1", "w3", "output")
+    assert read(folder, "model: x\nplacement: {resident: []}\n").placement == ()
+    assert isinstance(hash(listed), int)  # plans are kept by preset
+
+
+BAD_PLACES = {
+    "vram: 10": "from 1MiB", "vram: -1GiB": "such as 10GiB", "vram: 10XB": "such as 10GiB", "vram: [1]": "such as",
+    "vram: true": "such as", "vram:": "such as", "ram: 99999TiB": "to 1024TiB", "ram: much": "or auto",
+    "ram: 1e9": "or auto", "device: gpu": "expected one of auto, cuda, mps, cpu or cuda:N",
+    "device: cuda:x": "cuda:N", "device: cuda:007": "cuda:N", "device: [cpu]": "cuda:N",
+    "device: CPU": "cuda:N", "placement: offload": "did you mean 'offload-", "placement: offload_ff": "'offload-ff'",
+    "placement: [w1]": "resident: [w1, w2, ...]", "placement: {resident: w1}": "expected one of auto, gpu",
+    "placement: {resident: [w4]}": "unknown weight 'w4'", "placement: {resident: [w1], streamed: [w2]}": "expected one",
+    "placement: {stays: [w1]}": "expected one", "placement: {resident: [norm]}": "known names: wq",
+    "placement:": "expected one of", "weights: int-8": "did you mean 'int8'", "weights: nf8": "'nf4'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_PLACES.items(), ids=BAD_PLACES.keys())
+def test_places_that_do_not_fit(folder: Path, line: str, words: str) -> None:
+    with pytest.raises(PresetError) as caught:
+        read(folder, f"model: x\n{line}\n")
+    assert str(folder / "mine.yaml") in caught.value.message
+    assert words in caught.value.message
+    assert line.split(":")[0] in caught.value.message
+
+
+def test_numbers_in_names_are_in_order(folder: Path) -> None:
+    for name in ("m-10gb", "m-8gb", "m-4gb", "m", "m10"):
+        (folder / f"{name}.yaml").write_text("model: x\n")
+    assert PresetFolder(folder).names() == ["base", "m", "m10", "m-4gb", "m-8gb", "m-10gb"]
+
+
+def test_the_shipped_ladder() -> None:
+    """Every size of card for every size of model; each says its budget in its name."""
+    presets = PresetFolder(PROJECT / "presets")
+    for size in ("7b", "13b", "70b"):
+        for gigabytes in (4, 6, 8, 10, 12, 16, 24, 48, 80):
+            preset = presets.read(f"llama2-{size}-{gigabytes}gb")
+            assert preset.vram == gigabytes * 10**9
+            assert preset.model == f"models/llama-2-{size}-chat"
+            assert f"{gigabytes} GB" in preset.title
+            assert len((PROJECT / "presets" / f"{preset.name}.yaml").read_text().splitlines()) <= 6
+    modes = {
+        name: presets.read(name) for name in ("cpu-bf16", "cpu-int8", "cpu-int4", "gpu-fp16", "gpu-int8", "gpu-int4")
+    }
+    assert all(preset.device == ("cpu" if name.startswith("cpu") else "cuda") for name, preset in modes.items())
+    assert all(preset.weights == name.split("-")[1].replace("fp16", "f16") for name, preset in modes.items())

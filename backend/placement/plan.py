@@ -1,111 +1,191 @@
-"""What a preset will take, computed from headers alone. Pure: no torch, nothing is loaded."""
+"""What a preset will take and where each part will be, from headers alone. Pure: no torch, nothing is loaded.
+
+The order: the device, the cache of keys and values, then every part in its place (`arrange.py`), and from that bytes,
+speed, and whether it fits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from backend.errors import PresetError
+from backend.events import Fits
 from backend.model.config import ModelConfig
+from backend.placement.arrange import STAYS, fastest, keeping, resident
+from backend.placement.budget import BLOCK_TOKENS, Cache, cache, host_bytes, whole_tokens, workspace_bytes
+from backend.placement.machine import RAM_MARGIN, VRAM_MARGIN, Gpu, Machine
+from backend.placement.parts import Part, placed_bytes, ring_bytes
+from backend.placement.sizes import Tensors, products, vector_bytes, weight_bytes
+from backend.placement.speed import Placed, step
 from backend.presets import Preset
-from backend.weights.blocks import BlockFormat, StorageFormat
+from backend.units import show_bytes
 
-BLOCK_TOKENS = 32
-_VALUE_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
-_ROW_TILE = 16  # rows the packed product takes at a time; the last tile is filled up
-
-
-class StoredTensor(Protocol):
-    """What the plan needs to know of a tensor in a file."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def format(self) -> StorageFormat: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def elements(self) -> int: ...
-    @property
-    def beside(self) -> int: ...
+__all__ = ["BLOCK_TOKENS", "Plan", "nearest_that_fits", "plan", "weight_bytes"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes and tokens."""
+    """How a preset will run. Sizes in bytes, lengths in tokens."""
 
+    preset: str
+    model: str
+    weights: str
+    device: str  # cpu | cuda:0 | mps
     context: int
     kv_type: str
     kv_blocks: int
-    kv_bytes: int  # reserved; pages are taken as tokens come
-    weight_bytes: int
+    kv_bytes: int  # reserved; on the CPU, pages are taken as tokens come
+    weight_bytes: int  # of all weights, wherever they are
+    parts: tuple[Part, ...]  # in the order of a step
+    ring_bytes: int = 0  # buffers that streamed parts go through, on the device
+    vram_bytes: int = 0  # most that will be taken on the GPU; 0 without one
+    ram_bytes: int = 0  # most that this process will take in memory, with the cache full
+    extra_ram_bytes: int = 0  # the same without what the process takes already
+    max_context: int = 0  # tokens of one chat that would fit with these parts where they are
+    tokens_per_second: float | None = None  # decode of one chat with a short context; None: rates were not measured
+    bound_by: str = ""  # vram bandwidth | link | ram bandwidth | cpu | disk
+    fits: Fits = "now"  # on the machine as it was given; "after-unload" is for who knows what is loaded
+    reason: str = ""  # one sentence, where it does not fit
 
     @property
     def total_bytes(self) -> int:
         return self.weight_bytes + self.kv_bytes
 
-
-def plan(preset: Preset, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> Plan:
-    """Sizes of a preset on a model. `preset.context` must have been checked against the model's."""
-    context = preset.context or config.context
-    kv_type = preset.kv_cache if preset.kv_cache != "auto" else ("f32" if preset.weights == "f32" else "bf16")
-    # Twice the context: two full chats at once, or one and what others left behind to be found again. Two blocks more,
-    # because a chat that begins like another one needs a block of its own where they part.
-    kv_tokens = max(preset.kv_tokens or 2 * context, context)
-    kv_blocks = -(-kv_tokens // BLOCK_TOKENS) + 2
-    return Plan(
-        context=context,
-        kv_type=kv_type,
-        kv_blocks=kv_blocks,
-        kv_bytes=kv_blocks * BLOCK_TOKENS * config.kv_bytes_per_token(_VALUE_BYTES[kv_type]),
-        weight_bytes=weight_bytes(preset.weights, config, tensors),
-    )
+    def placed(self, place: str) -> int:
+        """Bytes of parts in one place: resident, streamed or cpu."""
+        return sum(part.bytes for part in self.parts if part.place == place)
 
 
-def weight_bytes(weights: str, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> int:
-    """Bytes that the loaded weights take, exactly."""
-    total = 0
-    for name, info in tensors.items():
-        if len(info.shape) == 1:
-            total += 4 * info.elements
-        elif weights != "original":
-            total += _VALUE_BYTES[weights] * info.elements  # a tied table serves both its uses as it is
-        elif name == "tok_embeddings":
-            total += _table_bytes(info)
-            # A tied table of values serves both uses; of packed blocks the product has its own copy.
-            if config.tied_output and isinstance(info.format, BlockFormat) and not info.format.plain:
-                total += _linear_bytes(info)
+def plan(preset: Preset, config: ModelConfig, tensors: Tensors, machine: Machine | None = None) -> Plan:
+    """How a preset runs a model on a machine; without a machine: what it takes on a CPU that has room for it.
+
+    Raises PresetError for a context that is longer than the model's.
+    """
+    if preset.context and preset.context > config.context:
+        raise PresetError(
+            f"preset {preset.name}: context is {preset.context} tokens, the model was made for {config.context}"
+        )
+    return _Planner(preset, config, tensors, machine or Machine()).plan()
+
+
+def nearest_that_fits(wanted: Plan, others: Iterable[Plan]) -> Plan | None:
+    """Of the plans that fit, the one whose weights are nearest in size: of the same model, else of any other."""
+    able = [other for other in others if other.fits != "no" and other.preset != wanted.preset]
+    same = [other for other in able if other.model == wanted.model]
+    return min(same or able, key=lambda other: abs(other.weight_bytes - wanted.weight_bytes), default=None)
+
+
+class _Planner:
+    def __init__(self, preset: Preset, config: ModelConfig, tensors: Tensors, machine: Machine) -> None:
+        self.preset, self.config, self.tensors, self.machine = preset, config, tensors, machine
+        self.gpu = _device(preset, machine)
+        self.products = products(preset.weights, config, tensors, tiled=False if self.gpu else None)
+        self.vectors = vector_bytes(config, tensors)
+
+    def plan(self) -> Plan:
+        room, asked = self._room()
+        beside = self.vectors + workspace_bytes(self.config)
+        beside += self.gpu.context_bytes if self.gpu and self.gpu.name != "mps" else 0
+        by_name = self._by_name()
+        weights = _device_bytes(by_name) if by_name else sum(product.bytes for product in self.products)
+        preset = self.preset
+        kv_type = preset.kv_cache if preset.kv_cache != "auto" else ("f32" if preset.weights == "f32" else "bf16")
+        kv = cache(self.config, kv_type, preset.context, preset.kv_tokens, weights + beside, room)
+        placed = by_name
+        if placed is None and room is None:
+            placed = resident(self.products)
+        elif placed is None and room is not None:
+            left = room - beside - kv.bytes
+            if self.gpu and self.gpu.name == "mps":  # one memory for both: nothing to stream from
+                placed = resident(self.products) if weights <= left else None
+            else:
+                placed = fastest(self.products, left, self.config.n_layers, self.machine, self.gpu)
+        found = self._described(placed or resident(self.products), kv, beside, room)
+        return self._judged(found, asked, room, placed is not None)
+
+    def _room(self) -> tuple[int | None, int | None]:
+        """(bytes of the device for everything, the budget that was asked for): None where there is no limit."""
+        machine, preset = self.machine, self.preset
+        if self.gpu:
+            if preset.vram is not None or not self.gpu.total:
+                return preset.vram, preset.vram
+            return self.gpu.free - VRAM_MARGIN, None
+        if preset.ram is not None:  # for weights and cache, says the preset: what else there is comes on top
+            return preset.ram + workspace_bytes(self.config), preset.ram
+        if not machine.ram_total:
+            return None, None
+        return machine.ram_free - RAM_MARGIN - host_bytes(self.config), None
+
+    def _by_name(self) -> list[Placed] | None:
+        """What the preset says about places; None where it leaves that to us."""
+        placement = self.preset.placement
+        if isinstance(placement, tuple):
+            return keeping(self.products, placement, self.gpu is not None)
+        if placement in STAYS:
+            return keeping(self.products, STAYS[placement], self.gpu is not None)
+        return resident(self.products) if placement == "gpu" else None
+
+    def _described(self, placed: Sequence[Placed], kv: Cache, beside: int, room: int | None) -> Plan:
+        machine, gpu = self.machine, self.gpu
+        parts = tuple(product.part(place) for product, place in placed)
+        on_device = beside + placed_bytes(parts, "resident") + ring_bytes(parts)
+        if gpu is None:
+            extra = on_device + kv.bytes + host_bytes(self.config)
         else:
-            total += _linear_bytes(info)
-    # Biases of several weights in one product are one vector, with zeros for those that have none.
-    for stacked in (("wq", "wk", "wv"), ("w1", "w3")):
-        if any(name in config.biases for name in stacked):
-            for n in range(config.n_layers):
-                missing = [name for name in stacked if name not in config.biases]
-                total += sum(4 * tensors[f"layers.{n}.{name}"].shape[0] for name in missing)
-    return total
+            extra = placed_bytes(parts, "streamed") + placed_bytes(parts, "cpu") + host_bytes(self.config)
+            extra += gpu.host_bytes
+        speed = step(placed, self.config.n_layers, machine, gpu)
+        tokens = self.config.context if room is None else whole_tokens(room - on_device, kv.token_bytes)
+        return Plan(
+            preset=self.preset.name,
+            model=self.preset.model,
+            weights=self.preset.weights,
+            device=gpu.name if gpu else "cpu",
+            context=kv.context,
+            kv_type=kv.type,
+            kv_blocks=kv.blocks,
+            kv_bytes=kv.bytes,
+            weight_bytes=sum(part.bytes for part in parts) + self.vectors,
+            parts=parts,
+            ring_bytes=ring_bytes(parts),
+            vram_bytes=on_device + kv.bytes if gpu else 0,
+            ram_bytes=machine.process_bytes + extra,
+            extra_ram_bytes=extra,
+            max_context=min(tokens, self.config.context),
+            tokens_per_second=speed.tokens_per_second if speed else None,
+            bound_by=speed.bound_by if speed else "",
+        )
+
+    def _judged(self, found: Plan, asked: int | None, room: int | None, placed: bool) -> Plan:
+        """The same with whether it fits, and why not."""
+        machine, gpu = self.machine, self.gpu
+        need = found.vram_bytes if gpu else found.extra_ram_bytes - host_bytes(self.config)
+        memory, limit = "GPU memory" if gpu else "memory", show_bytes(max(0, room or 0))
+        reason = ""
+        if gpu and not gpu.total:
+            reason = f"device is {self.preset.device}, which this machine does not have"
+        elif not placed and asked is None:
+            reason = f"needs {show_bytes(need)} of {memory}, {limit} are free"
+        elif not placed or (asked is not None and room is not None and need > room):
+            reason = f"needs {show_bytes(need)} of {memory}, {'vram' if gpu else 'ram'} is {show_bytes(asked or 0)}"
+        elif gpu and found.vram_bytes > gpu.free:
+            reason = f"needs {show_bytes(need)} of {memory}, {show_bytes(gpu.free)} are free"
+        elif machine.ram_total and found.extra_ram_bytes > machine.ram_free:
+            reason = f"needs {show_bytes(found.extra_ram_bytes)} of memory, {show_bytes(machine.ram_free)} are free"
+        return dataclasses.replace(found, fits="no", reason=reason) if reason else found
 
 
-def _table_bytes(info: StoredTensor) -> int:
-    """An embedding: ggml's blocks are kept as they are, the rest as values."""
-    if isinstance(info.format, BlockFormat):
-        return min(info.format.plain, 4) * info.elements if info.format.plain else info.nbytes
-    return 2 * info.elements  # decoded to bfloat16
+def _device(preset: Preset, machine: Machine) -> Gpu | None:
+    """The GPU a preset runs on; None: the CPU. One that is not there has no memory at all (`total` 0)."""
+    if preset.device == "cpu" or preset.placement == "cpu":
+        return None
+    if preset.device == "auto":
+        return machine.gpus[0] if machine.gpus else None
+    return machine.gpu(preset.device) or Gpu("cuda:0" if preset.device == "cuda" else preset.device)
 
 
-def _linear_bytes(info: StoredTensor) -> int:
-    fmt = info.format
-    rows, columns = info.shape
-    if fmt.plain:
-        return min(fmt.plain, 4) * info.elements
-    return info.beside + _packed_bytes(fmt, rows, columns)
-
-
-def _packed_bytes(fmt: StorageFormat, rows: int, columns: int) -> int:
-    if fmt.int8:
-        return rows * columns + 4 * rows  # a float32 scale for each row
-    if fmt.planes:
-        padded = -(-rows // _ROW_TILE) * _ROW_TILE
-        # Codes, and a scale and a zero in bfloat16 for each group.
-        return fmt.planes * (padded * columns // 2 + padded * (columns // fmt.group) * 4)
-    return 2 * rows * columns  # decoded to bfloat16
+def _device_bytes(placed: Sequence[Placed]) -> int:
+    parts = [product.part(place) for product, place in placed]
+    return placed_bytes(parts, "resident") + ring_bytes(parts)

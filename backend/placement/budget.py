@@ -1,0 +1,80 @@
+"""Memory beside the weights: the cache of keys and values, workspace, the tokenizer; and what a budget leaves. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from backend.model.config import ModelConfig
+from backend.placement.machine import MIB
+from backend.placement.sizes import VALUE_BYTES
+
+BLOCK_TOKENS = 32
+CHUNK_TOKENS = 128  # of prompts in one step: engine/scheduler.py
+SPARE_BLOCKS = 2  # a chat that begins like another one needs a block of its own where they part
+USEFUL_CONTEXT = 2048  # tokens; a shorter context is not worth keeping all weights resident for
+LEAST_CONTEXT = 512
+_TOKEN_BYTES = 650  # of a tokenizer's tables, for each entry of the vocabulary: measured
+_FIRST_USE = 24 * MIB  # pages of torch's libraries that the first products touch: measured
+_HEAP = 16 * MIB  # what the C library's allocator keeps of the memory that loading used and gave back: measured
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of all chats together."""
+
+    type: str
+    context: int  # tokens of one chat
+    blocks: int
+    token_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.blocks * BLOCK_TOKENS * self.token_bytes
+
+
+def cache(
+    config: ModelConfig, kv_type: str, context: int | None, kv_tokens: int | None, weights: int, room: int | None
+) -> Cache:
+    """The cache for a preset's `context` and `kv_tokens` (None: auto), beside weights of `weights` bytes.
+
+    Without limits the context is the model's and the cache holds twice that: two full chats at once, or one and what
+    others left behind to be found again. Where `room` bytes do not hold both, `auto` gives way: first the second chat,
+    then the context. Only what is asked for by number is worth moving weights elsewhere for.
+    """
+    token_bytes = config.kv_bytes_per_token(VALUE_BYTES[kv_type])
+    wanted = context or config.context
+
+    def of(tokens: int, held: int | None = None) -> Cache:
+        blocks = -(-max(held or 0, tokens) // BLOCK_TOKENS) + SPARE_BLOCKS
+        return Cache(kv_type, tokens, blocks, token_bytes)
+
+    if kv_tokens is not None:
+        return of(wanted, kv_tokens)
+    both = of(wanted, 2 * wanted)
+    if room is None or weights + both.bytes <= room:
+        return both
+    left = whole_tokens(room - weights, token_bytes)
+    if left >= wanted:
+        return of(wanted, left)
+    if context is not None:
+        return of(wanted)
+    if left >= min(USEFUL_CONTEXT, wanted):
+        return of(left)
+    quarter = whole_tokens(room // 4, token_bytes)
+    return of(min(wanted, USEFUL_CONTEXT, max(quarter, LEAST_CONTEXT)))
+
+
+def whole_tokens(room: int, token_bytes: int) -> int:
+    """Tokens of one chat that a cache of `room` bytes holds, in whole blocks; 0 where it holds none."""
+    return max(0, room // (BLOCK_TOKENS * token_bytes) - SPARE_BLOCKS) * BLOCK_TOKENS
+
+
+def workspace_bytes(config: ModelConfig) -> int:
+    """What one step of a prompt works with: the widest activations in float32 and in the products' type, logits."""
+    widest = 4 * config.dim + 2 * (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + 5 * config.ffn_dim
+    return CHUNK_TOKENS * 4 * widest + 8 * 4 * config.vocab_size
+
+
+def host_bytes(config: ModelConfig) -> int:
+    """What a model takes in this process beside weights, cache and workspace."""
+    return _TOKEN_BYTES * config.vocab_size + _FIRST_USE + min(_HEAP, 16 * config.dim * config.ffn_dim)

@@ -1,0 +1,416 @@
+"""Offloading: the ring brings what comes next, never holds more than it may, and changes no bit of the answer."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from backend.checkpoint.base import Checkpoint
+from backend.checkpoint.open import open_checkpoint
+from backend.errors import CheckpointError, NotReadyError, OutOfMemoryError
+from backend.placement import load
+from backend.placement.hoststore import Block
+from backend.placement.load import load_model
+from backend.placement.offload import Streamer
+from backend.placement.parts import RING_BUFFERS, placed_bytes, ring_bytes
+from backend.placement.places import HostEmbedding, HostLinear, OrderedLinear
+from backend.placement.slowstore import WholeFiles
+from backend.weights.int8 import Int8Linear
+from backend.weights.linear import BiasedLinear, Linear, PlainEmbedding, PlainLinear, SplitLinear
+from backend.weights.lora import LoraLinear
+from tests.forward import Session
+from tests.offloading import MODES, TABLES, FakeLink, parts_of
+from tests.real import all_logits, starter
+from tests.tiny import TinyModel, write_tiny
+
+IDS = [5, 80, 3, 200, 9, 9, 41, 7, 66, 12, 100]
+
+# the ring, with a mover that moves nothing -------------------------------------------------------------------------
+
+
+class Counting:
+    """A mover of weights of one value each, which says what it was asked for."""
+
+    def __init__(self) -> None:
+        self.fetched: list[int] = []
+        self.slots: dict[int, int] = {}
+        self.most = 0
+        self.broken: int | None = None
+        self.closed = 0
+
+    def fetch(self, part: int, slot: int) -> None:
+        assert slot not in self.slots, "a slot is filled that was not given back"
+        self.fetched.append(part)
+        self.slots[slot] = part
+        self.most = max(self.most, len(self.slots))
+
+    def arrived(self, part: int, slot: int) -> Linear:
+        assert self.slots[slot] == part
+        if part == self.broken:
+            raise CheckpointError("the disk is gone")
+        return PlainLinear(torch.tensor([[float(part)]]))
+
+    def used(self, slot: int) -> None:
+        del self.slots[slot]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def ring(parts: int, slots: int = 3) -> tuple[Streamer, Counting]:
+    mover = Counting()
+    streamer = Streamer(mover, slots)
+    assert [streamer.add(10 + number) for number in range(parts)] == [*range(parts)]
+    return streamer, mover
+
+
+def step(streamer: Streamer, parts: int) -> None:
+    for part in range(parts):
+        assert streamer.use(part, lambda linear: float(linear(torch.ones(1, 1)))) == part
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("parts", [4, 5, 8])
+def test_every_part_is_fetched_once_a_step_and_ahead_of_its_use(parts: int, slots: int) -> None:
+    streamer, mover = ring(parts, slots)
+    for number in range(1, 5):
+        step(streamer, parts)
+        # So many steps, and what the next one begins with: on its way while the last parts of this one were computed.
+        assert mover.fetched == [part % parts for part in range(number * parts + slots)]
+        assert list(mover.slots.values()) != [] or slots == 0
+    assert mover.most == slots
+    assert streamer.traffic.fetched == len(mover.fetched)
+    assert streamer.traffic.fetched_bytes == sum(10 + part for part in mover.fetched)
+    largest = max(sum(10 + (part + ahead) % parts for ahead in range(slots)) for part in range(parts))
+    assert streamer.traffic.peak_bytes == largest <= streamer.ring_bytes == slots * (10 + parts - 1)
+
+
+def test_the_ring_is_full_before_a_part_is_waited_for() -> None:
+    streamer, mover = ring(6)
+    seen = []
+    for part in range(6):
+        streamer.use(part, lambda linear: seen.append(sorted(mover.slots.values())))
+    assert seen == [sorted((part + ahead) % 6 for ahead in range(3)) for part in range(6)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_what_fits_into_the_ring_is_fetched_once_for_good(parts: int) -> None:
+    streamer, mover = ring(parts)
+    for _ in range(3):
+        step(streamer, parts)
+    assert mover.fetched == [*range(parts)]
+    assert streamer.traffic.held_bytes == streamer.traffic.peak_bytes == sum(10 + part for part in range(parts))
+
+
+@pytest.mark.parametrize("broken_off", range(5))
+def test_a_step_that_is_broken_off_does_not_confuse_the_next(broken_off: int) -> None:
+    streamer, mover = ring(5)
+    step(streamer, 5)
+    for part in range(broken_off):
+        streamer.use(part, lambda linear: None)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        streamer.use(broken_off, fail)
+    step(streamer, 5)
+    step(streamer, 5)
+    assert mover.most <= 3
+    assert streamer.traffic.held_bytes == sum(10 + part for part in mover.slots.values())
+    assert sorted(mover.slots.values()) == [0, 1, 2]
+
+
+def fail(linear: Linear) -> None:
+    raise RuntimeError("in the middle")
+
+
+def test_a_part_that_does_not_come_is_an_error_and_is_fetched_again() -> None:
+    streamer, mover = ring(5)
+    mover.broken = 3
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        step(streamer, 5)
+    assert not mover.slots
+    assert streamer.traffic.held_bytes == 0
+    mover.broken = None
+    step(streamer, 5)
+    assert streamer.traffic.held_bytes == 10 + 11 + 12
+
+
+def test_a_closed_ring_holds_nothing_and_says_so() -> None:
+    streamer, mover = ring(5)
+    step(streamer, 5)
+    streamer.close()
+    streamer.close()
+    assert not mover.slots
+    assert mover.closed == 1
+    assert streamer.traffic.held_bytes == 0
+    with pytest.raises(NotReadyError, match="unloaded"):
+        step(streamer, 5)
+
+
+# weights that read other memory ------------------------------------------------------------------------------------
+
+
+def test_wrappers_give_and_take_their_tensors() -> None:
+    random = torch.Generator().manual_seed(0)
+    one, two = (PlainLinear(torch.randn(rows, 4, generator=random)) for rows in (3, 2))
+    bias, order = torch.randn(5, generator=random), torch.tensor([3, 4, 0, 1, 2])
+    x = torch.randn(2, 4, generator=random)
+    for weight in (
+        SplitLinear([one, two]),
+        BiasedLinear(SplitLinear([one, two]), bias),
+        HostLinear(one),
+        OrderedLinear(SplitLinear([one, two]), order),
+        LoraLinear(one, torch.randn(2, 4, generator=random), torch.randn(3, 2, generator=random), 0.5),
+        Int8Linear(torch.randint(-99, 99, (3, 4), dtype=torch.int8, generator=random), torch.ones(3)),
+    ):
+        copies = [tensor.clone() for tensor in weight.tensors()]
+        other = weight.with_tensors(copies)
+        assert [tensor.data_ptr() for tensor in other.tensors()] == [tensor.data_ptr() for tensor in copies]
+        assert torch.equal(other(x), weight(x))
+        assert torch.equal(other.twin(), weight.twin())
+        assert torch.equal(Block(weight).linear(x), weight(x))
+        assert sum(tensor.nbytes for tensor in weight.tensors() if tensor.dtype != torch.int64) == weight.nbytes()
+    ordered = OrderedLinear(SplitLinear([one, two]), order)
+    assert torch.equal(ordered(x), torch.cat([two(x), one(x)], dim=-1))
+    assert torch.equal(ordered.twin(), torch.cat([two.twin(), one.twin()]))
+    table = HostEmbedding(PlainEmbedding(torch.randn(6, 4, generator=random)))
+    other = table.with_tensors([tensor.clone() for tensor in table.tensors()])
+    assert torch.equal(other(torch.tensor([5, 0, 5])), table(torch.tensor([5, 0, 5])))
+    assert other.nbytes() == table.nbytes() == 6 * 4 * 4
+
+
+# whole models ------------------------------------------------------------------------------------------------------
+
+MODELS: dict[str, tuple[str, dict[str, object]]] = {
+    "f32": ("f32", {}),
+    "bf16, untied": ("bf16", {"tied": False}),
+    "Q4_0 as it is": ("original", {"weights": "Q4_0"}),
+    "mixed, untied": ("original", {"weights": "Q8_0", "tied": False, "formats": {"blk.0.attn_v.weight": "F16"}}),
+    "int8": ("int8", {"weights": "F16", "tied": False}),
+    "nf4": ("nf4", {"weights": "F16"}),
+}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products this small are over before a second thread has woken up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def checkpoint_of(folder: Path, **options: object) -> Checkpoint:
+    return open_checkpoint(write_tiny(folder / "tiny.gguf", TinyModel(n_layers=2, **options)))  # type: ignore[arg-type]
+
+
+def answers(session: Session) -> torch.Tensor:
+    """A prompt in two chunks, single tokens, a chunk again: every kind of step, one after another."""
+    pieces = [session.logits(IDS[:5], chunk=3)]
+    pieces += [session.logits([token], start=5 + at) for at, token in enumerate(IDS[5:7])]
+    return torch.cat([*pieces, session.logits(IDS[7:], start=7)])
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("store", ["file", "host", "host, not pinned"])
+@pytest.mark.parametrize("model", MODELS)
+def test_no_bit_changes_and_no_byte_too_many_in_any_mode(tmp_path: Path, model: str, store: str) -> None:
+    weights, options = MODELS[model]
+    checkpoint = checkpoint_of(tmp_path, **options)
+    resident = Session(checkpoint, weights)
+    expected = answers(resident)
+    assert resident.loaded.resident_bytes == resident.loaded.weight_bytes
+    steps = 2 + 2 + 1
+    for mode, stays in MODES.items():
+        parts = parts_of(checkpoint, weights, stays)
+        link = None if store == "file" else FakeLink(1 << 30 if store == "host" else 3)
+        session = Session(checkpoint, weights, parts=parts, link=link)
+        loaded = session.loaded
+        assert torch.equal(answers(session), expected), mode
+        streamed, traffic = [part for part in parts if part.place == "streamed"], loaded.streamer.traffic
+        assert loaded.streamer.parts == len(streamed)
+        assert traffic.peak_bytes <= ring_bytes(parts) == loaded.streamer.ring_bytes
+        assert loaded.weight_bytes == resident.loaded.weight_bytes
+        assert loaded.resident_bytes == resident.loaded.weight_bytes - placed_bytes(parts, "streamed")
+        assert loaded.host_bytes == (0 if link is None else placed_bytes(parts, "streamed"))
+        assert loaded.bytes_per_token == resident.loaded.bytes_per_token
+        assert loaded.output_bytes == resident.loaded.output_bytes
+        ahead = min(RING_BUFFERS, len(streamed))
+        assert traffic.fetched == (steps * len(streamed) + ahead if len(streamed) > RING_BUFFERS else len(streamed))
+        if link is not None and streamed:
+            assert len(link.allocated) == ahead  # and none in a step
+            assert len(link.copies) <= traffic.fetched
+            assert link.unpinned_sources == 0  # what could not be pinned came through a pinned buffer, or nothing could
+        loaded.close()
+        assert link is None or not link.pinned
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_nothing_can_be_pinned_at_all(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    link = FakeLink(pins=0)
+    session = Session(checkpoint, "f32", parts=parts_of(checkpoint, "f32", TABLES), link=link)
+    assert torch.equal(answers(session), answers(Session(checkpoint, "f32")))
+    assert link.unpinned_sources == len(link.copies) > 0
+    session.loaded.close()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_parts_computed_on_the_cpu_beside_another_device(tmp_path: Path) -> None:
+    """The "meta" device has no numbers, but tells what is where."""
+    checkpoint = checkpoint_of(tmp_path, tied=False)
+    parts = parts_of(checkpoint, "f32", (*TABLES, "wq", "wk", "wv", "wo"), elsewhere="cpu")
+    loaded = load_model(checkpoint, "f32", "test", parts=parts, device="meta")
+    for layer in loaded.model.layers:
+        assert {tensor.device.type for tensor in (*layer.wqkv.tensors(), *layer.wo.tensors())} == {"meta"}
+        assert {tensor.device.type for tensor in (*layer.w13.tensors(), *layer.w2.tensors())} == {"cpu"}
+        assert layer.attention_norm.device.type == layer.ffn_norm.device.type == "meta"
+        assert isinstance(layer.w2, HostLinear)
+    assert loaded.host_bytes == placed_bytes(parts, "cpu")
+    assert loaded.host_bytes + loaded.resident_bytes == loaded.weight_bytes
+    # On the CPU itself that place is memory like any other.
+    same = Session(checkpoint, "f32", parts=parts)
+    assert torch.equal(answers(same), answers(Session(checkpoint, "f32")))
+    assert same.loaded.resident_bytes == same.loaded.weight_bytes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_in_host_memory(tmp_path: Path, tied: bool) -> None:
+    checkpoint = checkpoint_of(tmp_path, tied=tied)
+    parts = parts_of(checkpoint, "f32", ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output"))
+    parts = tuple(part if "tok_embeddings" not in part.names else elsewhere(part) for part in parts)
+    loaded = load_model(checkpoint, "f32", "test", parts=parts, device="meta")
+    assert isinstance(loaded.model.embedding, HostEmbedding)
+    assert isinstance(loaded.model.output, HostLinear) is tied
+    assert loaded.host_bytes == placed_bytes(parts, "cpu")
+
+
+def elsewhere(part):
+    return type(part)(part.names, part.bytes, "cpu")
+
+
+def test_parts_that_do_not_make_a_product(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    parts = [*parts_of(checkpoint, "f32", TABLES)]
+    at = next(number for number, part in enumerate(parts) if part.names[0] == "layers.1.w1")
+    parts[at] = type(parts[at])(("layers.1.w1", "layers.1.w2"), 100, "resident")
+    with pytest.raises(ValueError, match="w2"):
+        load_model(checkpoint, "f32", "test", parts=parts)
+
+
+# the file as a store -----------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """`linears.build`, keeping an eye on everything it has built on the reading thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+        self.most = 0
+        self.names: list[str] = []
+        self._build = load.build
+        self.broken: Exception | None = None
+        monkeypatch.setattr(load, "build", self)
+
+    def __call__(self, parts: list, *form: str) -> Linear:
+        if threading.current_thread() is threading.main_thread():
+            return self._build(parts, *form)
+        if self.broken is not None:
+            raise self.broken
+        linear = self._build(parts, *form)
+        self.alive.update(linear.tensors())
+        self.most = max(self.most, sum(tensor.nbytes for tensor in self.alive))
+        return linear
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("mode", ["offload-all", "offload-ff", "offload-attention"])
+def test_memory_that_is_really_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    watched = Watched(monkeypatch)
+    checkpoint = checkpoint_of(tmp_path)
+    parts = parts_of(checkpoint, "f32", MODES[mode])
+    session = Session(checkpoint, "f32", parts=parts)
+    answers(session)
+    assert 0 < watched.most <= ring_bytes(parts)
+    session.loaded.close()
+    assert not watched.alive
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_error_on_the_reading_thread_ends_the_step_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    checkpoint = checkpoint_of(tmp_path)
+    session = Session(checkpoint, "f32", parts=parts_of(checkpoint, "f32", TABLES))
+    expected = session.logits(IDS)
+    for broken, kind, words in (
+        (OSError("input/output error"), CheckpointError, r"tiny\.gguf: layers\.\d.* could not be read .* input/output"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemoryError, r"layers\.\d.* no memory left"),
+        (CheckpointError("the file says so itself"), CheckpointError, "the file says so itself"),
+    ):
+        watched.broken = broken
+        with pytest.raises(kind, match=words):
+            session.logits(IDS)
+            session.logits(IDS)
+        watched.broken = None
+        assert torch.equal(session.logits(IDS), expected)
+    session.loaded.close()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_closing_ends_the_thread_and_lets_everything_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    before = set(threading.enumerate())
+    checkpoint = checkpoint_of(tmp_path)
+    session = Session(checkpoint, "f32", parts=parts_of(checkpoint, "f32", TABLES))
+    session.logits(IDS)
+    assert {thread.name.split("_")[0] for thread in set(threading.enumerate()) - before} >= {"weights reader"}
+    gone = weakref.ref(checkpoint)
+    del checkpoint
+    session.loaded.close()
+    gc.collect()
+    assert gone() is None
+    assert not watched.alive
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
+    with pytest.raises(NotReadyError):
+        session.logits(IDS)
+
+
+def test_a_file_that_was_cut_off_is_noticed_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1000))
+    files = WholeFiles([path])
+    path.write_bytes(bytes(1001))
+    files.check()
+    os.truncate(path, 999)
+    with pytest.raises(CheckpointError, match=r"file: had 1000 bytes when the model was loaded and has 999 now"):
+        files.check()
+    other = tmp_path / "other"
+    other.write_bytes(b"")
+    other.replace(path)  # another file of the same name: what is mapped is still the first
+    files.check()
+    path.unlink()
+    files.check()
+
+
+# the starter model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "modes"), [("original", ("offload-all", "products cut in two")), ("bf16", ("offload-attention",))]
+)
+def test_the_starter_answers_the_same_from_the_file(starter_path: Path, weights: str, modes: tuple[str, ...]) -> None:
+    ids = [*range(100, 124), 7]  # a prompt, and one token by itself
+    checkpoint, expected = open_checkpoint(starter_path), all_logits(starter(weights), ids, chunk=24)
+    for mode in modes:
+        parts = parts_of(checkpoint, weights, MODES[mode])
+        session = Session(checkpoint, weights, 32, "bf16", parts=parts)
+        assert torch.equal(session.logits(ids, chunk=24), expected), mode
+        assert session.loaded.streamer.traffic.peak_bytes <= ring_bytes(parts)
+        session.loaded.close()
