@@ -13,14 +13,26 @@ from backend.model.config import ModelConfig
 class KVPool:
     """Two tensors (layers, n_kv_heads, slots, head_dim); slot = block * block_size + place in the block.
 
-    The memory is reserved, not touched: the operating system gives a page when the first token is stored in it.
+    On the CPU the memory is reserved, not touched: the operating system gives a page when the first token is stored in
+    it. On another device it is taken at once.
     """
 
-    def __init__(self, config: ModelConfig, n_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        n_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
         shape = (config.n_layers, config.n_kv_heads, n_blocks * block_size, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype)
-        self.values = torch.empty(shape, dtype=dtype)
-        self.block_size = block_size
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.n_blocks, self.block_size = n_blocks, block_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
 
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes

@@ -8,6 +8,8 @@ import torch
 
 from backend.cache.blocks import BlockCopy
 from backend.cache.kv import KVPool, SequenceSlots
+from backend.engine.compiled import CompiledStep, Tokens
+from backend.engine.gpu import decoder, enter, on_device, to_host
 from backend.engine.scheduler import Work
 from backend.engine.threads import Threads
 from backend.model.attention import attention
@@ -17,8 +19,21 @@ from backend.model.llama import Attend, Llama
 class Runner:
     """Owns nothing but references: the model and the pool of keys and values."""
 
-    def __init__(self, model: Llama, pool: KVPool, threads: Threads | None = None) -> None:
-        self.model, self.pool = model, pool
+    def __init__(
+        self,
+        model: Llama,
+        pool: KVPool,
+        threads: Threads | None = None,
+        *,
+        graphs: bool = True,
+        compiled: bool = True,
+    ) -> None:
+        """Computes on the pool's device, where the model must be too. graphs False: parts of it are streamed, or are
+        computed on the CPU, so a step cannot be recorded as a CUDA graph. compiled False: never a step in one call."""
+        self.model, self.pool = on_device(model, pool.device), pool
+        self.device = pool.device
+        self._decoder = decoder(self.model, pool, graphs=graphs)
+        self._compiled = CompiledStep.of(self.model, pool) if compiled else None
         self._threads = threads
         self.tokens_evaluated = 0  # all tokens that ever went through the model
         self.steps = 0
@@ -29,32 +44,58 @@ class Runner:
 
     def run(self, work: Sequence[Work]) -> torch.Tensor:
         """Evaluate the step. Returns logits, float32 (works that give logits, vocab), in the order of `work`."""
+        self.steps += 1
+        enter(self.device)
+        if self._decoder is not None and self._decoder.takes(work):
+            self.tokens_evaluated += len(work)
+            with torch.inference_mode():
+                return to_host(self._decoder.run(work))
         ids: list[int] = []
-        positions: list[int] = []
         rows: list[int] = []
-        spans: list[_Span] = []
+        parts: list[Tokens] = []
         for item in work:
             request, start = item.request, item.request.computed
-            end = start + item.tokens
             assert request.lease is not None
-            spans.append(_Span(len(ids), item.tokens, self.pool.table(request.lease.blocks, start, end)))
-            ids += request.ids[start:end]
-            positions += range(start, end)
+            parts.append(Tokens(len(ids), item.tokens, start, request.lease.blocks))
+            ids += request.ids[start : start + item.tokens]
             if item.gives_logits:
                 rows.append(len(ids) - 1)
         self.tokens_evaluated += len(ids)
-        self.steps += 1
+        return self._logits(ids, parts, rows)
+
+    def score(self, ids: Sequence[int], start: int, blocks: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+        """Evaluate `ids`, the tokens from `start` on of a sequence in these blocks, for whoever measures a model.
+
+        Returns logits, float32 (rows, vocab), of the tokens ids[rows]; `run` gives those of last tokens only.
+        """
+        enter(self.device)
+        return self._logits(ids, [Tokens(0, len(ids), start, blocks)], rows)
+
+    def _logits(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int]) -> torch.Tensor:
+        """The step itself: compiled where that applies, else one torch operation after the other."""
         if self._threads is not None:
             self._threads.use(len(ids))
         with torch.inference_mode():
-            return self.model.forward(
-                torch.tensor(ids), torch.tensor(positions), self._attend(spans), torch.tensor(rows, dtype=torch.int64)
+            if self._compiled is not None:
+                return self._compiled.run(ids, parts, rows, self._threads.all if self._threads else 1)
+            spans = [
+                _Span(part.first, part.count, self.pool.table(part.blocks, part.start, part.start + part.count))
+                for part in parts
+            ]
+            positions = [at for part in parts for at in range(part.start, part.start + part.count)]
+            logits = self.model.forward(
+                torch.tensor(ids, device=self.device),
+                torch.tensor(positions, device=self.device),
+                self._attend(spans),
+                torch.tensor(rows, dtype=torch.int64, device=self.device),
             )
+            return to_host(logits)
 
     def _attend(self, spans: Sequence[_Span]) -> Attend:
         pool, window = self.pool, self.model.config.sliding_window
 
-        def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+            query, key, value = self.model.turned(heads, turns)
             mixed = []
             for span in spans:
                 part = slice(span.start, span.start + span.length)

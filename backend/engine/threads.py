@@ -45,14 +45,14 @@ class AllThreads:
     """A weight that multiplies with all threads whatever the step around it uses."""
 
     def __init__(self, multiply: Multiply, threads: int) -> None:
-        self._multiply, self._threads = multiply, threads
+        self.multiply, self._threads = multiply, threads
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         around = torch.get_num_threads()
         if around == self._threads:
-            return self._multiply(x)
+            return self.multiply(x)
         torch.set_num_threads(self._threads)
         try:
-            return self._multiply(x)
+            return self.multiply(x)
         finally:
             torch.set_num_threads(around)

@@ -1,6 +1,8 @@
 """Causal grouped-query attention over keys and values that are already in the cache.
 
-The cache hands them over as runs: pieces that follow each other in the sequence and lie apart in memory.
+The cache hands them over as runs: pieces that follow each other in the sequence and lie apart in memory. On the CPU
+runs are read where they lie; on other devices, which copy faster than they start small pieces of work, they are joined
+first and torch chooses a kernel (flash attention on CUDA, for float16 and bfloat16).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 Run = tuple[torch.Tensor, torch.Tensor]  # keys, values: (n_kv_heads, tokens, head_dim) in the cache's type
 
@@ -19,6 +22,8 @@ def attention(query: torch.Tensor, runs: Sequence[Run], window: int | None = Non
     query (new, n_heads, head_dim). Returns float32 (new, n_heads, head_dim). Query head h uses key-value head
     h // (n_heads / n_kv_heads). Sliding window: Mistral 7B (arXiv:2310.06825), section 2.
     """
+    if not query.is_cpu:
+        return joined_attention(query, runs, window, aligned=query.device.type == "cuda")
     new, n_heads, head_dim = query.shape
     n_kv_heads = runs[0][0].shape[0]
     group = n_heads // n_kv_heads
@@ -41,6 +46,31 @@ def attention(query: torch.Tensor, runs: Sequence[Run], window: int | None = Non
         parts = [_part(grouped, run) for run in past] + [_part(grouped, latest, _causal(new, group, grouped))]
     mixed = _merged(parts).view(n_kv_heads, new, group, head_dim).transpose(0, 1)
     return mixed.reshape(new, n_heads, head_dim)
+
+
+def joined_attention(
+    query: torch.Tensor, runs: Sequence[Run], window: int | None = None, *, aligned: bool
+) -> torch.Tensor:
+    """The same through torch's own choice of kernel, on any device.
+
+    aligned: say "causal, aligned at the end" without writing the mask down, which lets CUDA use flash attention; other
+    devices want it written.
+    """
+    new, n_heads, head_dim = query.shape
+    keys, values = _joined(runs if window is None else _last(runs, window + new - 1))
+    total, group = keys.shape[1], n_heads // keys.shape[0]
+    if aligned and new > 1 and (window is None or total <= window):
+        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler with it: two seconds
+
+        bias = causal_lower_right(new, total)
+        heads = query.to(keys.dtype).transpose(0, 1)[None]  # (1, n_heads, new, head_dim)
+        mixed = F.scaled_dot_product_attention(heads, keys[None], values[None], attn_mask=bias, enable_gqa=group > 1)
+        return mixed[0].transpose(0, 1).float()
+    grouped = query.view(new, -1, group, head_dim).transpose(0, 1).reshape(1, -1, new * group, head_dim)
+    grouped = grouped.to(keys.dtype)
+    mask = None if new == 1 else _band(new, window or total, total, group, grouped)
+    mixed = F.scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=mask)
+    return mixed[0].unflatten(1, (new, group)).transpose(0, 1).reshape(new, n_heads, head_dim).float()
 
 
 def attention_twin(

@@ -1,0 +1,144 @@
+"""A whole step in one call of compiled C, for a model whose products are all in tiles and on the CPU.
+
+The slow twin is `Llama.forward` with `attention`: the same formulas, one torch operation after the other. A small model
+spends more time between torch's operations than in them; here nothing stands between. A token's numbers do not depend
+on the other tokens of the step, on how a prompt is cut into steps, or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from backend.cache.kv import KVPool
+from backend.engine.threads import AllThreads
+from backend.kernels.cpu import steps
+from backend.model.llama import Llama, Multiply
+from backend.weights.linear import BiasedLinear, SplitLinear
+from backend.weights.tiled import TiledLinear
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One sequence's new tokens: `count` of the flat batch from `first` on, at positions `start` and following."""
+
+    first: int
+    count: int
+    start: int
+    blocks: Sequence[int]  # of the whole sequence so far
+
+
+class CompiledStep:
+    """Holds the addresses of a model's weights and of a cache, and both alive with them."""
+
+    def __init__(
+        self, model: Llama, pool: KVPool, layers: ctypes.Array[steps.LayerWeights], output: steps.Stack
+    ) -> None:
+        library = steps.step_library()
+        assert library is not None
+        config, keys = model.config, pool.keys
+        self._library, self._model, self._pool, self._layers = library, model, pool, layers
+        self._described = steps.Model(
+            tools=steps.tools(),
+            dim=config.dim,
+            ffn_dim=config.ffn_dim,
+            heads=config.n_heads,
+            kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            layers=config.n_layers,
+            window=config.sliding_window or 0,
+            norm_eps=config.norm_eps,
+            interleaved=config.rope_interleaved,
+            layer=layers,
+            norm=model.norm.data_ptr(),
+            output=output,
+            keys=keys.data_ptr(),
+            values=pool.values.data_ptr(),
+            layer_bytes=keys.stride(0) * keys.itemsize,
+            head_bytes=keys.stride(1) * keys.itemsize,
+            kind=steps.KINDS[keys.dtype],
+        )
+        self._workspace = library.suri_workspace_new()
+
+    @classmethod
+    def of(cls, model: Llama, pool: KVPool) -> CompiledStep | None:
+        """None where it does not apply: no compiler, a product that is not in tiles, an unusual shape."""
+        config = model.config
+        if (
+            steps.step_library() is None
+            or pool.device.type != "cpu"
+            or pool.block_size != steps.BLOCK_TOKENS
+            or config.head_dim > steps.MAX_HEAD
+            or config.head_dim % 2
+            or config.n_heads // config.n_kv_heads > steps.MAX_ROWS
+            or pool.keys.dtype not in steps.KINDS
+        ):
+            return None
+        layers = (steps.LayerWeights * config.n_layers)()
+        for at, layer in enumerate(model.layers):
+            stacks = [_stack(product) for product in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
+            if None in stacks or not _plain(layer.attention_norm) or not _plain(layer.ffn_norm):
+                return None
+            norms = layer.attention_norm.data_ptr(), layer.ffn_norm.data_ptr()
+            layers[at] = steps.LayerWeights(*norms, *stacks)
+        output = _stack(model.output)
+        return cls(model, pool, layers, output) if output is not None and _plain(model.norm) else None
+
+    def run(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int], threads: int) -> torch.Tensor:
+        """Evaluate the tokens `ids` of all parts, and store their keys and values. Returns logits, float32 (rows,
+        vocabulary), of the tokens ids[rows]."""
+        model = self._model
+        x = model.embedding(torch.tensor(ids)).contiguous()
+        positions = torch.tensor([at for part in parts for at in range(part.start, part.start + part.count)])
+        turns = torch.view_as_real(model.rope.turns(positions)).contiguous()
+        tables = [torch.tensor(part.blocks, dtype=torch.int32) for part in parts]
+        spans = (steps.Span * len(parts))(
+            *(
+                steps.Span(part.first, part.count, part.start, table.data_ptr())
+                for part, table in zip(parts, tables, strict=True)
+            )
+        )
+        wanted = torch.tensor(rows, dtype=torch.int64)
+        logits = torch.empty(len(rows), self._described.output.rows)
+        step = steps.Step(
+            len(ids), len(parts), len(rows), x.data_ptr(), turns.data_ptr(), spans, wanted.data_ptr(), logits.data_ptr()
+        )
+        if self._library.suri_run_step(self._described, step, self._workspace, threads):
+            raise MemoryError(f"a step of {len(ids)} tokens found no memory for its intermediate values")
+        return logits
+
+    def workspace_bytes(self) -> int:
+        """Memory it keeps between steps: it grows with the largest step so far."""
+        return int(self._library.suri_workspace_bytes(self._workspace))
+
+    def __del__(self) -> None:
+        if getattr(self, "_workspace", None):
+            self._library.suri_workspace_free(self._workspace)
+
+
+def _stack(product: Multiply) -> steps.Stack | None:
+    """A product's tiles: of one weight, or of several side by side, with a bias or without. None: not all in tiles."""
+    bias = None
+    if isinstance(product, AllThreads):  # here every product has all threads
+        product = product.multiply
+    if isinstance(product, BiasedLinear):
+        bias, product = product.bias, product.linear
+    parts = product.parts if isinstance(product, SplitLinear) else [product]
+    tiled = [part for part in parts if isinstance(part, TiledLinear) and part.activations == steps.ACTIVATION_BITS]
+    if len(tiled) != len(parts) or len(parts) > steps.MAX_PARTS or (bias is not None and not _plain(bias)):
+        return None
+    weights = [steps.Weight(part.format.ggml_id, part.out_features, part.tiles.data_ptr()) for part in tiled]
+    return steps.Stack(
+        count=len(tiled),
+        rows=sum(part.out_features for part in tiled),
+        columns=tiled[0].in_features,
+        parts=(steps.Weight * steps.MAX_PARTS)(*weights),
+        bias=None if bias is None else bias.data_ptr(),
+    )
+
+
+def _plain(vector: torch.Tensor) -> bool:
+    return vector.dtype == torch.float32 and vector.is_contiguous() and vector.device.type == "cpu"

@@ -1,0 +1,209 @@
+"""A decoder step in one call: the formulas of model/llama.py, and the same bits however the work is cut."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from backend.cache.kv import KVPool
+from backend.checkpoint.open import open_checkpoint
+from backend.engine.compiled import CompiledStep, Tokens
+from backend.kernels.cpu import build, steps
+from backend.model.attention import attention, attention_twin
+from backend.model.llama import Llama
+from backend.placement.load import load_model
+from backend.weights.linear import BiasedLinear, PlainLinear
+from tests.forward import float64_logits
+
+needs_compiler = pytest.mark.skipif(build._compiler() is None, reason="not run: there is no C compiler")
+pytestmark = needs_compiler
+
+MODELS: dict[str, dict[str, object]] = {
+    "the starter's kind": {"weights": "Q4_1", "formats": {"token_embd.weight": "Q8_0"}},
+    "untied": {"weights": "Q4_0", "tied": False},
+    "several formats in one product": {"weights": "Q4_0", "formats": {"blk.0.attn_v.weight": "Q8_0"}},
+    "grouped heads of an odd size": {"weights": "Q8_0", "n_heads": 6, "n_kv_heads": 2, "head_dim": 48, "dim": 96},
+    "every head its own keys": {"weights": "Q8_0", "n_heads": 2, "n_kv_heads": 2, "head_dim": 128, "dim": 160},
+}
+
+
+def loaded(path: Path, kv: torch.dtype = torch.float32, blocks: int = 24) -> tuple[Llama, KVPool, CompiledStep]:
+    model = load_model(open_checkpoint(path), "original", "test").model
+    pool = KVPool(model.config, blocks, steps.BLOCK_TOKENS, kv)
+    compiled = CompiledStep.of(model, pool)
+    assert compiled is not None
+    return model, pool, compiled
+
+
+def by_torch(model: Llama, ids: list[int]) -> torch.Tensor:
+    """The same products with torch's operations between them, without a cache."""
+
+    def attend(layer: int, heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        query, key, value = model.turned(heads, turns)
+        run = key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+        return attention(query, [run], model.config.sliding_window)
+
+    with torch.inference_mode():
+        every = torch.arange(len(ids))
+        return model.forward(torch.tensor(ids), every, attend, every)
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Root mean square of the difference, as a share of what was wanted."""
+    return float((found.double() - wanted.double()).pow(2).mean().sqrt() / wanted.double().pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+def test_it_computes_what_the_model_says(tiny_path: Callable[..., Path], options: dict[str, object]) -> None:
+    path = tiny_path(**options)
+    model, _, compiled = loaded(path)
+    ids = [(7 * n) % 250 for n in range(70)]
+    found = compiled.run(ids, [Tokens(0, 70, 0, [5, 2, 9])], range(70), threads=2)
+    # The same rounding of activations: what is left is the order of sums, and now and then a code that it tips over.
+    assert distance(found, by_torch(model, ids)) < 0.0005
+    # Decoded weights and no rounding at all.
+    checkpoint = open_checkpoint(path)
+    values = {name: checkpoint.read(name).float32() for name in checkpoint.tensors}
+    values = {
+        name: value.flatten() if len(checkpoint.tensors[name].shape) == 1 else value for name, value in values.items()
+    }
+    assert distance(found, float64_logits(values, model.config, ids)) < 0.0005
+
+
+@pytest.mark.parametrize("kv", steps.KINDS)
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_token_has_the_same_bits_however_the_work_is_cut(
+    tiny_path: Callable[..., Path], kv: torch.dtype, window: int | None
+) -> None:
+    model, pool, _ = loaded(tiny_path(weights="Q4_1"), kv)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, sliding_window=window))
+    compiled = CompiledStep.of(model, pool)
+    assert compiled is not None
+    ids = [(11 * n) % 250 for n in range(90)]
+    whole = compiled.run(ids, [Tokens(0, 90, 0, [3, 1, 8])], range(90), threads=1)
+    assert torch.equal(whole, compiled.run(ids, [Tokens(0, 90, 0, [4, 6, 5])], range(90), threads=3))
+    # In other pieces, in other blocks, and beside another sequence.
+    compiled.run(ids[:33], [Tokens(0, 33, 0, [10, 12])], [32], threads=2)
+    rest = compiled.run(
+        [*ids[33:60], *ids[:40]], [Tokens(0, 27, 33, [10, 12]), Tokens(27, 40, 0, [14, 15])], range(67), threads=2
+    )
+    assert torch.equal(rest, torch.cat([whole[33:60], whole[:40]]))
+    for at in range(60, 90):
+        one = compiled.run(ids[at : at + 1], [Tokens(0, 1, at, [10, 12, 11])], [0], threads=2)
+        assert torch.equal(one[0], whole[at])
+
+
+def test_biases_are_added(tiny_path: Callable[..., Path]) -> None:
+    model, pool, _ = loaded(tiny_path(weights="Q8_0"))
+    layers = tuple(
+        dataclasses.replace(layer, wqkv=BiasedLinear(layer.wqkv, torch.linspace(-1, 1, layer.wqkv.out_features)))  # type: ignore[attr-defined, arg-type]
+        for layer in model.layers
+    )
+    model = dataclasses.replace(model, layers=layers)
+    compiled = CompiledStep.of(model, pool)
+    assert compiled is not None
+    ids = list(range(40))
+    assert distance(compiled.run(ids, [Tokens(0, 40, 0, [0, 1])], range(40), 1), by_torch(model, ids)) < 0.0005
+
+
+def test_nothing_that_is_not_finite_is_lost(tiny_path: Callable[..., Path]) -> None:
+    model, pool, _ = loaded(tiny_path(weights="Q8_0"))
+    model.layers[1].ffn_norm[3] = float("nan")
+    compiled = CompiledStep.of(model, pool)
+    assert compiled is not None
+    assert compiled.run([1, 2], [Tokens(0, 2, 0, [0])], [1], 1).isnan().any()
+
+
+def test_it_says_where_it_does_not_apply(tiny_path: Callable[..., Path]) -> None:
+    model, pool, compiled = loaded(tiny_path(weights="Q8_0"))
+    assert CompiledStep.of(dataclasses.replace(model, output=PlainLinear(torch.zeros(8, 64))), pool) is None
+    plain = load_model(open_checkpoint(tiny_path(weights="F16")), "original", "test").model
+    assert CompiledStep.of(plain, pool) is None
+    assert CompiledStep.of(model, KVPool(model.config, 4, 16, torch.float32)) is None
+    compiled.run([1], [Tokens(0, 1, 0, [0])], [0], 1)
+    few = compiled.workspace_bytes()
+    compiled.run([1] * 64, [Tokens(0, 64, 0, [0, 1])], [0], 1)
+    assert compiled.workspace_bytes() > few > 0
+
+
+# attention by itself -----------------------------------------------------------------------------------------------
+
+FLAGS = {
+    "this processor": (),
+    "AVX2": ("-mno-avx512f",),
+    "SSE2": ("-mno-avx512f", "-mno-avx2", "-mno-avx", "-mno-fma"),
+}
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def probe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if request.param != "this processor" and b"avx512f" not in build._processor():
+        pytest.skip("not run: for processors with AVX-512, to try the code of lesser ones")
+    compiler = build._compiler()
+    assert compiler is not None
+    library = tmp_path_factory.mktemp("probe") / "probe.so"
+    folder = Path(build.__file__).parent
+    source = Path(__file__).parent / "attention_probe.c"
+    flags = ["-shared", *build.FLAGS, *build.MORE_FLAGS["step"], *FLAGS[request.param], "-w"]
+    subprocess.run([compiler, *flags, f"-I{folder}", "-o", str(library), str(source)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def probed(
+    probe: ctypes.CDLL, query: torch.Tensor, spans: list[tuple[int, int, int]], tables: list[list[int]],
+    keys: torch.Tensor, values: torch.Tensor, window: int | None, threads: int,
+) -> torch.Tensor:  # fmt: skip
+    tools, whole = steps.tools(), ctypes.c_int64
+    out, scaled = torch.empty_like(query), (query / math.sqrt(query.shape[2])).contiguous()
+    described = torch.tensor(spans, dtype=torch.int64)
+    most = max(map(len, tables))
+    blocks = torch.tensor([table + [0] * (most - len(table)) for table in tables], dtype=torch.int32)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (scaled, out, described, blocks, keys, values)]
+    a, b, c, d, e, f = pointers
+    sizes = [whole(size) for size in (query.shape[1], keys.shape[0], query.shape[2], window or 0)]
+    done = probe.probe(
+        a, b, c, whole(len(spans)), d, whole(most), e, f, whole(keys.stride(0) * keys.itemsize),
+        ctypes.c_int(steps.KINDS[keys.dtype]), *sizes, ctypes.c_void_p(tools.suri_parallel), ctypes.c_int(threads),
+    )  # fmt: skip
+    assert done
+    return out
+
+
+SHAPES = [
+    (64, 9, 3, torch.bfloat16),
+    (128, 4, 4, torch.float16),
+    (100, 4, 2, torch.float32),
+    (16, 32, 1, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads", "kind"), SHAPES)
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_is_that_of_the_formula(
+    probe: ctypes.CDLL, head_dim: int, heads: int, kv_heads: int, kind: torch.dtype, window: int | None
+) -> None:
+    random = torch.Generator().manual_seed(1)
+    keys, values = (torch.randn(kv_heads, 40 * 32, head_dim, generator=random).to(kind) for _ in range(2))
+    keys[:, 39 * 32 :] = float("nan")  # a block nobody has
+    places = torch.randperm(39, generator=random).tolist()
+    spans, tables = (
+        [(0, 1, 600), (1, 5, 30), (6, 9, 250), (15, 1, 0)],
+        [places[:22], places[22:24], places[24:33], [places[33]]],
+    )
+    query = 2 * torch.randn(16, heads, head_dim, generator=random)
+    found = probed(probe, query, spans, tables, keys, values, window, threads=1)
+    assert torch.equal(found, probed(probe, query, spans, tables, keys, values, window, threads=8))
+    for (first, count, start), table in zip(spans, tables, strict=True):
+        slots = torch.tensor([block * 32 + at for block in table for at in range(32)])[: start + count]
+        expected = attention_twin(query[first : first + count], keys[:, slots], values[:, slots], window)
+        assert (found[first : first + count] - expected).abs().max() < 2e-5
+        last = query[first + count - 1 : first + count].contiguous()
+        alone = probed(probe, last, [(0, 1, start + count - 1)], [table], keys, values, window, threads=2)
+        assert torch.equal(alone[0], found[first + count - 1])
