@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend.errors import ParameterError, UserError, nearest
@@ -110,6 +111,7 @@ def test_base_is_kept_where_nothing_else_is_said() -> None:
     assert params.changed() == {"temperature": 0.1, "top_k": 4}
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([knob.name for knob in KNOBS]), st.from_type(object) | st.none() | st.floats()))
 def test_any_value_is_taken_or_refused_in_words(values: dict) -> None:
     try:
@@ -124,3 +126,31 @@ def test_nearest() -> None:
     assert nearest("tpo_k", ["top_k", "seed"]) == "; did you mean 'top_k'?"
     assert nearest("qqqq", ["top_k"]) == ""
     assert nearest("x", []) == ""
+
+
+def test_lists_of_tokens() -> None:
+    params = GenerationParams.from_mapping(
+        {"logit_bias": {"7": 2, 3: -100.0}, "stop_token_ids": [5, 2, 5], "sampler_order": ["min_p", "temperature"]}
+    )
+    assert params.logit_bias == ((3, -100.0), (7, 2.0))
+    assert params.stop_token_ids == (2, 5)
+    assert params.sampler_order == ("min_p", "temperature")
+    assert GenerationParams.from_mapping(params.changed()) == params
+    assert hash(params) == hash(GenerationParams.from_mapping(json.loads(json.dumps(params.changed()))))
+    for name, bad in [
+        ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"5": 101}), ("logit_bias", {"5": None}),
+        ("logit_bias", [5]), ("logit_bias", "5"), ("logit_bias", dict.fromkeys(range(1025), 1)),
+        ("stop_token_ids", [1.5]), ("stop_token_ids", [True]), ("stop_token_ids", list(range(257))),
+        ("sampler_order", ["min_p", "min_p"]), ("sampler_order", [1]), ("sampler_order", ["minp"]),
+        ("ignore_eos", 1), ("grammar", "x" * 100_001), ("grammar", 5), ("banned_strings", ["x"] * 257),
+    ]:  # fmt: skip
+        with pytest.raises(ParameterError) as caught:
+            GenerationParams.from_mapping({name: bad})
+        assert caught.value.param == name
+
+
+def test_tokens_are_checked_against_the_vocabulary() -> None:
+    params = GenerationParams(logit_bias={9: 1.0}, stop_token_ids=(4,))  # type: ignore[arg-type]
+    params.check_tokens(10)
+    with pytest.raises(ParameterError, match="logit_bias: found token id 9, expected ids from 0 to 8"):
+        params.check_tokens(9)

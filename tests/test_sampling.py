@@ -12,12 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend.engine.request import Request
-from backend.params import GenerationParams
+from backend.params import KNOBS, GenerationParams
 from backend.sampling import samplers
-from backend.sampling.chain import log_probability, sample
+from backend.sampling.chain import log_probability
+from backend.sampling.sampler import Sampler
 
-NEUTRAL = GenerationParams(temperature=1.0, top_p=1.0, min_p=0.0, top_k=0, repetition_penalty=1.0)
+NEUTRAL = GenerationParams.from_mapping({knob.name: knob.neutral for knob in KNOBS})
 ALMOST_ONE = 1 - 2**-53
+
+
+def sample(logits: torch.Tensor, params: GenerationParams, history: list[int], uniform: float) -> int:
+    """One token after this prompt, with this number for chance."""
+    token = Sampler(params, history, lambda: uniform).next(logits).token
+    assert token is not None
+    return token
 
 
 def row(size: int = 200, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
@@ -105,7 +113,7 @@ def test_a_tiny_temperature_takes_the_likeliest(value: float) -> None:
 
 @pytest.mark.parametrize("penalty", [0.5, 1.1, 3.0])
 def test_repetition_penalty(penalty: float) -> None:
-    logits, used = torch.tensor([2.0, -2.0, 0.0, 1.0, -1.0]), [0, 1, 1, 2, 0]
+    logits, used = torch.tensor([2.0, -2.0, 0.0, 1.0, -1.0]), [0, 1, 2]
     expected = [2.0 / penalty, -2.0 * penalty, 0.0, 1.0, -1.0]
     np.testing.assert_allclose(samplers.repetition_penalty(logits, torch.tensor(used), penalty), expected, rtol=1e-6)
     assert logits.tolist() == [2.0, -2.0, 0.0, 1.0, -1.0], "the row that was given is not changed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -46,8 +47,12 @@ def widget(knob: Knob) -> Any:
     """The widget for a kind of parameter; the only place that decides by kind."""
     common: dict[str, Any] = {"label": knob.label, "info": knob.help, "elem_id": f"knob-{knob.name}"}
     value = shown(knob, knob.default)
-    if knob.kind == "strings":
+    if knob.kind in ("strings", "biases", "text"):
         return gr.Textbox(value, lines=2, max_lines=8, **common)
+    if knob.kind in ("ids", "names"):
+        return gr.Textbox(value, lines=1, placeholder="one or more, with commas between", **common)
+    if knob.kind == "bool":
+        return gr.Checkbox(value, **common)
     if knob.kind == "seed":
         return gr.Textbox(value, lines=1, placeholder="new each time", **common)
     if knob.kind == "int" and knob.high - knob.low > SLIDER_SPAN:
@@ -57,9 +62,13 @@ def widget(knob: Knob) -> Any:
 
 
 def shown(knob: Knob, value: Any) -> Any:
-    """A parameter's value as its widget takes it."""
+    """A parameter's value as its widget takes it. In a list of texts a line end is written \\n."""
     if knob.kind == "strings":
-        return "\n".join(value)
+        return "\n".join(text.replace("\\", r"\\").replace("\n", r"\n").replace("\t", r"\t") for text in value)
+    if knob.kind in ("ids", "names"):
+        return ", ".join(str(item) for item in value)
+    if knob.kind == "biases":
+        return "\n".join(f"{token}: {bias:g}" for token, bias in value)
     if knob.kind == "seed":
         return "" if value is None else str(value)
     return value
@@ -68,7 +77,15 @@ def shown(knob: Knob, value: Any) -> Any:
 def read(knob: Knob, value: Any) -> Any:
     """A widget's value as the parameter takes it; the range is checked by the parameters themselves."""
     if knob.kind == "strings":
-        return tuple(line for line in str(value or "").split("\n") if line)
+        return tuple(_unescaped(line) for line in str(value or "").split("\n") if line)
+    if knob.kind in ("ids", "names"):
+        return tuple(part for part in re.split(r"[,\s]+", str(value or "")) if part)
+    if knob.kind == "biases":
+        return tuple(_bias(knob, line) for line in str(value or "").split("\n") if line.strip())
+    if knob.kind == "text":
+        return str(value or "")
+    if knob.kind == "bool":
+        return bool(value)
     if knob.kind == "seed":
         text = str(value or "").strip()
         if text and not text.isdecimal():
@@ -77,6 +94,18 @@ def read(knob: Knob, value: Any) -> Any:
     if value is None:
         raise ParameterError(f"{knob.label}: found nothing, expected a number", param=knob.name)
     return int(value) if knob.kind == "int" and float(value).is_integer() else value
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
+
+
+def _bias(knob: Knob, line: str) -> tuple[str, float]:
+    token, colon, bias = line.partition(":")
+    try:
+        return token.strip(), float(bias)
+    except ValueError:
+        raise ParameterError(f"{knob.label}: found '{line}', expected e.g. 123: -2", param=knob.name) from None
 
 
 def read_params(values: Sequence[Any]) -> GenerationParams:
@@ -163,6 +192,8 @@ def _edits(knob: Any) -> list[Any]:
 
     Leaving a text counts too: Gradio reports no input for the first change after a fold was opened.
     """
+    if isinstance(knob, gr.Checkbox):
+        return [knob.input]
     return [knob.input, knob.release if isinstance(knob, gr.Slider) else knob.blur]
 
 

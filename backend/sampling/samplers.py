@@ -10,16 +10,18 @@ import torch
 NEVER = float("-inf")
 
 
-def repetition_penalty(logits: torch.Tensor, used: torch.Tensor, penalty: float) -> torch.Tensor:
+def repetition_penalty(logits: torch.Tensor, used: torch.Tensor, penalty: float | torch.Tensor) -> torch.Tensor:
     """Divide the positive and multiply the negative logits of used tokens by `penalty` (CTRL, arXiv:1909.05858).
 
-    `used`: int64 (n,), the ids in the prompt and the reply so far; repeats count once.
+    `used`: int64 (n,), places of the row, each once; `penalty`: one number, or one for each of them.
     """
-    out = logits.clone()
-    ids = used.unique()
-    chosen = out[ids]
-    out[ids] = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
-    return out
+    chosen = logits[used]
+    return logits.index_copy(0, used, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+
+
+def without(logits: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
+    """Remove these places, int64 (n,)."""
+    return logits.index_fill(0, removed, NEVER)
 
 
 def temperature(logits: torch.Tensor, value: float) -> torch.Tensor:
