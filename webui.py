@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=defaults.port, help="port to listen on (default: %(default)s)")
     add("--auth", metavar="FILE", type=Path, help="logins for the page: a file with one 'user:password' per line")
     add("--api-key", metavar="KEY", action="append", default=[], help="key that programs must send; may be repeated")
+    add("--admin-key", metavar="KEY", help="key that programs must send to load presets (default: any --api-key)")
     add("--data-dir", type=Path, default=defaults.data_dir, help="where settings and chats are kept")
     add("--models-dir", type=Path, default=defaults.models_dir, help="where models are kept")
     add("--presets-dir", type=Path, default=defaults.presets_dir, help="where presets are read from")
@@ -69,6 +70,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         models_dir=arguments.models_dir.resolve(),
         presets_dir=arguments.presets_dir.resolve(),
         api_keys=tuple(arguments.api_key),
+        admin_key=arguments.admin_key,
         logins=_logins(arguments.auth),
         api_only=arguments.api_only,
     )

@@ -71,6 +71,25 @@ class NotReadyError(UserError):
     code = "not_ready"
 
 
+class UnloadingError(NotReadyError):
+    """The model that was asked is on its way out; whoever asks again reaches the next one."""
+
+
+class LoadCancelled(UserError):
+    """A person has cancelled a load. Raised by a progress callback: whoever loads drops everything and lets it pass."""
+
+    status = 409
+    code = "load_cancelled"
+
+
+class OutOfMemoryError(UserError):
+    """Memory does not suffice. Carries needed_bytes and free_bytes where they are known."""
+
+    status = 503
+    kind = "overloaded_error"
+    code = "out_of_memory"
+
+
 class BusyError(UserError):
     """Too many requests are waiting."""
 
@@ -85,6 +104,12 @@ class NumericalError(UserError):
     status = 500
     kind = "server_error"
     code = "numerical_error"
+
+
+class SamplingError(UserError):
+    """The rules of a request (grammar, banned texts, biases) leave no token, or a grammar took too much work."""
+
+    code = "sampling_failed"
 
 
 class EngineError(UserError):

@@ -7,6 +7,7 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Phase = Literal["queued", "prefill", "decode", "done"]
+Fits = Literal["now", "after-unload", "no"]  # beside what is loaded, in its place, not at all
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Chunk:
     stats: Stats = field(default_factory=Stats)
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # of each id, where asked for: the likeliest tokens
     error: Exception | None = None
 
 
@@ -59,10 +61,22 @@ class LoadProgress:
     done: int = 0
     total: int = 0
     unit: str = "B"
+    seconds_left: float | None = None  # estimated by the service from how it went so far
 
     @property
     def fraction(self) -> float | None:
         return min(1.0, self.done / self.total) if self.total > 0 else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a preset did on this machine. None and 0: not measured."""
+
+    tokens_per_second: float | None = None
+    peak_ram_bytes: int = 0
+    peak_vram_bytes: int = 0
+    perplexity: float | None = None
+    kl: float | None = None  # mean KL divergence from the reference preset, nats
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,14 @@ class PresetInfo:
     needs: str  # in words and units, e.g. "about 0.2 GB of memory"
     loaded: bool = False
     error: str | None = None  # why this preset cannot be read; such a row cannot be loaded
+    note: str = ""  # e.g. that its model is not here yet, and this is planned from its published shape
+    fits: Fits | None = None
+    why_not: str = ""  # where it does not fit: what it needs and what is free
+    ram_bytes: int = 0  # predicted; 0: not known
+    vram_bytes: int = 0
+    tokens_per_second: float | None = None  # predicted, decode
+    bound_by: str = ""  # what limits that speed, e.g. "ram bandwidth"
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +112,14 @@ class Status:
     kv_bytes: int = 0
     process_bytes: int = 0  # resident memory of this process
     running: int = 0
-    waiting: int = 0
+    waiting: int = 0  # requests for the engine, and those that wait for a model while another one is loaded
+    device: str = ""  # where it computes, e.g. "cpu", "cuda:0"
+    predicted_bytes: int = 0  # what the plan said before loading: weights and a full KV cache
+    kv_used_bytes: int = 0  # of kv_bytes: what holds keys and values now
+    free_bytes: int = 0  # memory of the device that is free
+    cache_tokens: int = 0  # tokens that the KV cache holds for all chats together
+    cache_free_tokens: int = 0  # of these, what new text may take without pushing a running reply out
     loading: LoadProgress | None = None  # set while another preset is on its way
     loading_preset: str | None = None
+    next_presets: tuple[str, ...] = ()  # loads that wait for their turn, in order
     error: str | None = None  # why the last load failed

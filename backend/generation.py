@@ -35,23 +35,49 @@ class Generation:
         *,
         trim_start: bool = False,
     ) -> None:
-        self.prompt_ids = prompt_ids
         self.id = ""
-        self._token_bytes = token_bytes
-        self._text = TextStream(stop, trim_start=trim_start)
+        self.model = ""  # id of the model that answers, as programs know it
+        self.begin(token_bytes, stop, prompt_ids, trim_start=trim_start)
         self._request: EngineRequest | None = None
         self._cancel: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._pieces: list[str] = []
         self._ids: list[int] = []
         self._logprobs: list[float] = []
+        self._top_logprobs: list[tuple[tuple[int, float], ...]] = []
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
         self._delivered = False
         self._waker: Callable[[], None] | None = None
 
+    @classmethod
+    def waiting(cls) -> Generation:
+        """A reply whose model is still being loaded: `begin` follows when it is there, or `on_finish`."""
+        generation = cls(lambda _: b"", (), ())
+        generation._begun = False
+        return generation
+
+    @property
+    def begun(self) -> bool:
+        """Whether a model has taken the request, or it has ended before that."""
+        return self._begun or self.finished
+
+    def begin(
+        self,
+        token_bytes: Callable[[int], bytes],
+        stop: tuple[str, ...],
+        prompt_ids: tuple[int, ...],
+        *,
+        trim_start: bool = False,
+    ) -> None:
+        """What the model makes of the request. Before any token arrives."""
+        self.prompt_ids = prompt_ids
+        self.token_bytes = token_bytes
+        self._text = TextStream(stop, trim_start=trim_start)
+        self._begun = True
+
     def attach(self, request: EngineRequest, cancel: Callable[[], None]) -> None:
-        """Called once by the service, when the engine has accepted the request."""
+        """Called when the engine has accepted the request; before, when it has to wait for a model."""
         self._request = request
         self._cancel = cancel
         self.id = request.id
@@ -71,13 +97,16 @@ class Generation:
 
     # the engine's side -----------------------------------------------------------------------------------------------
 
-    def on_token(self, token_id: int, logprob: float | None, *, visible: bool = True) -> bool:
+    def on_token(
+        self, token_id: int, logprob: float | None, *, visible: bool = True, top: tuple[tuple[int, float], ...] = ()
+    ) -> bool:
         """Take one token; return True when the text has met a stop string. `visible` False: an end token, no text."""
-        text = self._text.push(self._token_bytes(token_id)) if visible else ""
+        text = self._text.push(self.token_bytes(token_id)) if visible else ""
         with self._changed:
             self._ids.append(token_id)
             if logprob is not None:
                 self._logprobs.append(logprob)
+                self._top_logprobs.append(top)
             if text:
                 self._pieces.append(text)
             self._notify()
@@ -112,9 +141,10 @@ class Generation:
             stats=self.stats,
             ids=tuple(self._ids),
             logprobs=tuple(self._logprobs),
+            top_logprobs=tuple(self._top_logprobs),
             error=self._error,
         )
-        self._pieces, self._ids, self._logprobs = [], [], []
+        self._pieces, self._ids, self._logprobs, self._top_logprobs = [], [], [], []
         self._delivered = self._finish is not None
         return chunk
 

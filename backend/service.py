@@ -1,82 +1,103 @@
-"""The one door: what the page, the API and the commands may ask for. Everything else is behind it.
-
-Thread-safe. Loading happens beside what is loaded, and the switch is one assignment: whatever goes wrong on the way,
-the earlier model still answers.
-"""
+"""The one door: what the page, the API and the commands may ask for. Everything else is behind it. Thread-safe."""
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import torch
 
+from backend.calibration import this_machine
+from backend.catalog import Catalog
 from backend.checkpoint.lora import parse_adapter
-from backend.checkpoint.open import open_checkpoint
-from backend.checkpoint.override import with_overrides
-from backend.errors import BusyError, EngineError, NotReadyError, UserError
-from backend.events import LoadProgress, PresetInfo, Status
+from backend.events import LoadProgress, Measured, PresetInfo, Status
 from backend.generation import Generation
 from backend.models import ModelFolder
 from backend.params import GenerationParams
-from backend.placement.plan import plan
+from backend.placement.machine import Machine
 from backend.presets import Preset, PresetFolder
+from backend.room import Held
 from backend.runtime import Prepared, Runtime
 from backend.settings import PROJECT, Settings
+from backend.store.measurements import Measurements
+from backend.store.measurements import this_machine as measured_here
 from backend.store.sampling_sets import SamplingSets
+from backend.switch import Switch
 from backend.text.messages import Message
 
 Progress = Callable[[LoadProgress], None]
 
-log = logging.getLogger(__name__)
+
+def memory_of_this_machine() -> Machine:
+    """What a load has to know. Speeds, which take seconds to measure the first time, matter only where there is a
+    choice between devices."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return this_machine()
+    memory = psutil.virtual_memory()
+    return Machine(ram_total=memory.total, ram_free=memory.available, process_bytes=psutil.Process().memory_info().rss)
 
 
 class Service:
     """Presets, one loaded model, and replies from it."""
 
-    def __init__(self, settings: Settings, models: ModelFolder | None = None) -> None:
+    def __init__(
+        self, settings: Settings, models: ModelFolder | None = None, machine: Callable[[], Machine] | None = None
+    ) -> None:
+        """`machine`: what is planned for, as it is now; by default the one this runs on."""
         self.settings = settings
+        self._machine = machine or this_machine
         self._presets = PresetFolder(settings.presets_dir)
         self._models = models or ModelFolder(settings.models_dir)
+        self._catalog = Catalog(self._presets, self._models, self.measurements)
+        self._measured = Measurements(settings.data_dir / "measurements.json")
         self._sets = SamplingSets(settings.data_dir / "sampling_sets.json")
-        self._switching = threading.Lock()  # held by whoever loads
-        self._runtime: Runtime | None = None
-        self._loading: LoadProgress | None = None
-        self._loading_preset: str | None = None
-        self._load_error: str | None = None
-        self._closed = False
-        self._needs: dict[tuple[object, ...], str] = {}
+        self._switch = Switch(
+            settings.max_waiting, settings.drain_seconds, machine or memory_of_this_machine, self._catalog.suggest
+        )
         self._process = psutil.Process()
 
     # presets and loading ----------------------------------------------------------------------------------------------
 
     def presets(self) -> list[PresetInfo]:
         """Every preset of the folder; one that cannot be read is a row that says why."""
-        loaded = self._runtime.preset.name if self._runtime else None
-        rows = []
-        for name in self._presets.names():
-            try:
-                preset = self._presets.read(name)
-                row = PresetInfo(name, preset.title or name, preset.model, self._needs_of(preset), name == loaded)
-            except UserError as error:
-                row = PresetInfo(name, name, "", "", name == loaded, error.message)
-            rows.append(row)
-        return rows
+        runtime = self._switch.runtime
+        held = runtime.held() if runtime else Held()
+        return self._catalog.rows(self._machine(), held, runtime.preset.name if runtime else None)
 
-    def load(self, name: str, progress: Progress | None = None) -> None:
-        """Load a preset by name and switch to it. Blocks; on any failure what was loaded goes on answering."""
-        self._switch(name, lambda report: self.prepare(self._presets.read(name), report), progress)
+    def measurements(self) -> dict[str, Measured]:
+        """What presets did on this machine when `bench` and `perplexity` ran, by name; the latest of each."""
+        entries = self._measured.latest(measured_here())
+        return {
+            name: Measured(
+                tokens_per_second=entry.tokens_per_second,
+                peak_ram_bytes=entry.peak_ram_bytes or 0,
+                peak_vram_bytes=entry.peak_vram_bytes or 0,
+                perplexity=entry.perplexity,
+                kl=entry.kl,
+            )
+            for name, entry in entries.items()
+        }
+
+    def load(self, name: str, progress: Progress | None = None, *, wait: bool = True) -> None:
+        """Load a preset by name and switch to it. Blocks; on any failure what answered before answers again.
+
+        While another preset is being loaded it waits for its turn; with `wait` False it raises BusyError instead.
+        """
+        self._switch.load(name, lambda report: self._unless_loaded(self._presets.read(name), report), progress, wait)
 
     def load_preset(self, preset: Preset, progress: Progress | None = None) -> None:
         """The same for a preset that is not in the folder (a file or --model on the command line)."""
-        self._switch(preset.name, lambda report: self.prepare(preset, report), progress)
+        self._switch.load(preset.name, lambda report: self._unless_loaded(preset, report), progress)
 
     def load_prepared(self, prepared: Prepared, progress: Progress | None = None) -> None:
         """The same, when the first half is done already."""
-        self._switch(prepared.preset.name, lambda _: prepared, progress)
+        self._switch.load(prepared.preset.name, lambda _: prepared, progress)
+
+    def cancel_load(self, name: str | None = None) -> bool:
+        """Cancel the load that is being carried out, or those of the preset `name`. False: there is none."""
+        return self._switch.cancel(name)
 
     def prepare(self, preset: Preset, progress: Progress = lambda _: None) -> Prepared:
         """Find (or fetch) the model and check its headers: everything that can go wrong before loading."""
@@ -95,43 +116,51 @@ class Service:
         return self._presets.read(name_or_file)
 
     def status(self) -> Status:
-        """What is loaded, what is on its way, and what it takes."""
-        runtime, loading = self._runtime, self._loading
-        status = Status(
-            state="empty",
-            process_bytes=self._process.memory_info().rss,
-            loading=loading,
-            loading_preset=self._loading_preset,
-            error=self._load_error,
-        )
-        if self._closed:
-            return replace(status, state="stopped")
-        if runtime is None:
-            return replace(status, state="loading" if loading else "failed" if self._load_error else "empty")
+        """What is loaded, what is on its way, what it takes and what is left."""
+        switch, names = self._switch, self._switch.names
+        runtime = switch.runtime
+        loading = switch.loading
+        if switch.closed:
+            holder = Status("stopped")
+        elif runtime is not None:
+            holder = runtime.status()
+        else:
+            holder = Status("loading" if loading else "failed" if switch.error else "empty")
         return replace(
-            status,
-            state="ready",
-            preset=runtime.preset.name,
-            title=runtime.preset.title or runtime.preset.name,
-            model=runtime.name,
-            context=runtime.plan.context,
-            weight_bytes=runtime.weight_bytes,
-            kv_bytes=runtime.kv_bytes,
-            running=runtime.worker.running,
-            waiting=runtime.worker.waiting,
+            holder,
+            process_bytes=self._process.memory_info().rss,
+            waiting=holder.waiting + switch.waiting,
+            loading=loading,
+            loading_preset=names[0] if names else None,
+            next_presets=names[1:],
+            error=switch.error,
         )
 
     # replies ----------------------------------------------------------------------------------------------------------
 
-    def chat(self, messages: Sequence[Message], params: GenerationParams) -> Generation:
-        """Answer a chat. Raises UserError before anything runs when it cannot be answered."""
-        runtime = self.runtime()
-        return runtime.start_chat(messages, params)
+    def chat(
+        self, messages: Sequence[Message], params: GenerationParams, *, top_logprobs: int | None = None
+    ) -> Generation:
+        """Answer a chat. Raises UserError before anything runs when it cannot be answered.
 
-    def complete(self, prompt: str | Sequence[int], params: GenerationParams) -> Generation:
-        """Continue raw text, or token ids as they are."""
-        runtime = self.runtime()
-        return runtime.start(runtime.prompting.encode_text(prompt) if isinstance(prompt, str) else prompt, params)
+        While one model makes room for another, the reply waits for the next one, and is tokenised for it.
+        `top_logprobs`: with it, log probabilities come too, and those of this many likeliest tokens at each place.
+        """
+
+        def ask(runtime: Runtime, generation: Generation | None = None) -> Generation:
+            return runtime.start_chat(messages, params, generation=generation, top_logprobs=top_logprobs)
+
+        return self._switch.start(ask)
+
+    def complete(
+        self, prompt: str | Sequence[int], params: GenerationParams, *, top_logprobs: int | None = None
+    ) -> Generation:
+        """Continue raw text, or token ids as they are. Waits like `chat`."""
+
+        def ask(runtime: Runtime, generation: Generation | None = None) -> Generation:
+            return runtime.start_text(prompt, params, generation=generation, top_logprobs=top_logprobs)
+
+        return self._switch.start(ask)
 
     def count_chat(self, messages: Sequence[Message]) -> int:
         """Tokens of a chat's prompt as the model would read it, without the opening of a reply."""
@@ -141,14 +170,14 @@ class Service:
         return len(self.runtime().prompting.encode_text(text)) if text else 0
 
     def default_params(self) -> GenerationParams:
-        """The loaded preset's sampling, or the general defaults."""
-        return self._runtime.preset.sampling if self._runtime else GenerationParams()
+        """The sampling of the preset that answers (or is awaited), or the general defaults."""
+        return self._switch.params()
 
     def runtime(self) -> Runtime:
         """What answers now, for commands that measure it. Raises when nothing is loaded."""
-        runtime = self._runtime
+        runtime = self._switch.runtime
         if runtime is None:
-            raise NotReadyError("no model is loaded yet" if self._loading else "no model is loaded")
+            raise self._switch.not_ready()
         return runtime
 
     # sampling sets ----------------------------------------------------------------------------------------------------
@@ -166,51 +195,10 @@ class Service:
 
     def close(self) -> None:
         """Stop all replies and let the model go."""
-        self._closed = True
-        runtime, self._runtime = self._runtime, None
-        if runtime:
-            runtime.close(drain=False)
+        self._switch.close()
 
-    def _switch(self, name: str, prepare: Callable[[Progress], Prepared], progress: Progress | None) -> None:
-        if not self._switching.acquire(blocking=False):
-            raise BusyError(f"'{self._loading_preset}' is being loaded; try again when it is done")
-        try:
-            self._load_error, self._loading_preset = None, name
-            self._report(LoadProgress(f"Opening {name}"), progress)
-            prepared = prepare(lambda step: self._report(step, progress))
-            runtime = Runtime(prepared, self.settings.max_waiting, lambda step: self._report(step, progress))
-            before, self._runtime = self._runtime, runtime
-            if before is not None:
-                # Replies that are being written are finished by the model that began them.
-                threading.Thread(target=before.close, kwargs={"drain": True}, name="drain", daemon=True).start()
-        except UserError as error:
-            self._load_error = error.message
-            raise
-        except Exception as error:  # also torch's failed allocations, which are plain RuntimeErrors
-            log.exception("loading %s failed", name)
-            self._load_error = f"preset {name} could not be loaded: {type(error).__name__}: {error}"
-            raise EngineError(self._load_error) from error
-        finally:
-            self._loading = self._loading_preset = None
-            self._switching.release()
-
-    def _report(self, step: LoadProgress, progress: Progress | None) -> None:
-        self._loading = step
-        if progress:
-            progress(step)
-
-    def _needs_of(self, preset: Preset) -> str:
-        """What a preset takes, in words. Headers are read once per file."""
-        try:
-            path = self._models.local(preset.model, PROJECT)
-            if path is None:
-                return "its model is fetched first"
-            stat = path.stat()
-        except OSError as error:
-            raise UserError(f"{preset.model}: {error.strerror or error}") from None
-        key = (preset, str(path), stat.st_mtime_ns, stat.st_size)
-        if key not in self._needs:
-            checkpoint = with_overrides(open_checkpoint(path), dict(preset.overrides))
-            size = plan(preset, checkpoint.config, checkpoint.tensors)
-            self._needs[key] = f"about {max(0.1, size.total_bytes / 1e9):.1f} GB of memory"
-        return self._needs[key]
+    def _unless_loaded(self, preset: Preset, report: Progress) -> Prepared | None:
+        """None where exactly this answers already: the same keys, and files that have not changed since."""
+        prepared = self.prepare(preset, report)
+        runtime = self._switch.runtime
+        return None if runtime is not None and prepared.same(runtime.prepared) else prepared

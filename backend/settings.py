@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+VERSION = "0.2.0"
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -19,5 +20,7 @@ class Settings:
     presets_dir: Path = PROJECT / "presets"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     logins: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # (user, password) for the page
+    admin_key: str | None = field(default=None, repr=False)  # that programs must send to load presets; None: any key
     api_only: bool = False
     max_waiting: int = 64  # requests that may wait for the engine before new ones are refused
+    drain_seconds: float = 30.0  # that running replies have to finish, when their model must make room for another

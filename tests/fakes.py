@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from backend.errors import NotReadyError, PresetError, UserError
-from backend.events import LoadProgress, PresetInfo, Stats, Status
+from backend.errors import BusyError, LoadCancelled, NotReadyError, PresetError, UserError
+from backend.events import LoadProgress, Measured, PresetInfo, Stats, Status
 from backend.generation import Generation
 from backend.params import GenerationParams
 from backend.text.messages import Message
@@ -19,6 +19,7 @@ class FakeRequest:
     def __init__(self, id: str, prompt_tokens: int) -> None:
         self.id = id
         self.cancelled = threading.Event()
+        self.top_logprobs: int | None = None
         self._stats = Stats(prompt_tokens=prompt_tokens, context=2048)
 
     def stats(self) -> Stats:
@@ -37,6 +38,10 @@ class FakeService:
         self.fail_next: UserError | None = None
         self.fail_load: UserError | None = None
         self.load_seconds = 0.2
+        self.measured: list[Measured | None] | None = None  # in place of the rows' own
+        self.further: list[PresetInfo] = []
+        self.gap = False  # whether a load first unloads what answers
+        self._loads, self._cancelled = threading.Lock(), False
         self.requests: list[FakeRequest] = []
         self.asked: list[object] = []
         self.params: list[GenerationParams] = []
@@ -49,23 +54,53 @@ class FakeService:
 
     def presets(self) -> list[PresetInfo]:
         rows = [
-            ("starter", "SmolLM2 135M, as shipped", "about 0.2 GB of memory"),
-            ("starter-bf16", "SmolLM2 135M, bf16", "about 0.4 GB of memory"),
-            ("starter-f32", "SmolLM2 135M, f32", "about 0.7 GB of memory"),
+            ("starter", "SmolLM2 135M, as shipped", 200_000_000, 52.0, None),
+            ("starter-bf16", "SmolLM2 135M, bf16", 400_000_000, 30.0, None),
+            ("starter-f32", "SmolLM2 135M, f32", 700_000_000, 15.0, None),
         ]
-        return [PresetInfo(n, t, "starter", needs, loaded=n == self._status.preset) for n, t, needs in rows]
+        if self.measured is not None:
+            rows = [(*row[:4], measured) for row, measured in zip(rows, self.measured)]
+        found = [
+            PresetInfo(
+                name, title, "starter", f"about {ram / 1e9} GB of memory", name == self._status.preset, fits="now",
+                ram_bytes=ram, tokens_per_second=speed, bound_by="ram bandwidth", measured=measured,
+            )
+            for name, title, ram, speed, measured in rows
+        ]  # fmt: skip
+        return [*found, *self.further]
 
-    def load(self, name: str, progress: Callable[[LoadProgress], None] | None = None) -> None:
+    def load(self, name: str, progress: Callable[[LoadProgress], None] | None = None, *, wait: bool = True) -> None:
         if self.fail_load:
             raise self.fail_load
         titles = {info.name: info.title for info in self.presets()}
         if name not in titles:
             raise PresetError(f"there is no preset '{name}'")
-        for step in range(1, 6):
-            time.sleep(self.load_seconds / 5)
-            if progress:
-                progress(LoadProgress(f"Loading {name}", step * 20, 100))
-        self._status = replace(self._status, preset=name, title=titles[name])
+        if not wait and self._loads.locked():
+            raise BusyError("another preset is being loaded")
+        if self._loads.locked() and progress:
+            progress(LoadProgress(f"another preset is being loaded by someone; yours ('{name}') is next"))
+        with self._loads:
+            before, self._cancelled = self._status, False
+            try:
+                for step in range(1, 6):
+                    now = LoadProgress(f"Loading {name}", step * 20_000_000, 100_000_000, seconds_left=5 - step)
+                    gap = replace(before, state="loading", preset=None, title="", model="") if self.gap else before
+                    self._status = replace(gap, loading=now, loading_preset=name)
+                    if progress:
+                        progress(now)
+                    time.sleep(self.load_seconds / 5)
+                    if self._cancelled:
+                        raise LoadCancelled(f"loading '{name}' was cancelled")
+                before = replace(before, state="ready", preset=name, title=titles[name])
+            finally:
+                self._status = before
+
+    def cancel_load(self, name: str | None = None) -> bool:
+        self._cancelled = True
+        return self._loads.locked()
+
+    def measurements(self) -> dict[str, Measured]:
+        return {info.name: info.measured for info in self.presets() if info.measured}
 
     def status(self) -> Status:
         running = sum(1 for request in self.requests if request.stats().phase != "done")
@@ -92,17 +127,23 @@ class FakeService:
     def count_text(self, text: str) -> int:
         return len(text.split())
 
-    def chat(self, messages: Sequence[Message], params: GenerationParams) -> Generation:
-        return self._start(tuple(messages), messages[-1].content, self.count_chat(messages), params)
+    def chat(
+        self, messages: Sequence[Message], params: GenerationParams, *, top_logprobs: int | None = None
+    ) -> Generation:
+        return self._start(tuple(messages), messages[-1].content, self.count_chat(messages), params, top_logprobs)
 
-    def complete(self, prompt: str | Sequence[int], params: GenerationParams) -> Generation:
-        return self._start(prompt, str(prompt), len(str(prompt).split()), params)
+    def complete(
+        self, prompt: str | Sequence[int], params: GenerationParams, *, top_logprobs: int | None = None
+    ) -> Generation:
+        return self._start(prompt, str(prompt), len(str(prompt).split()), params, top_logprobs)
 
     def close(self) -> None:
         for request in self.requests:
             request.cancelled.set()
 
-    def _start(self, asked: object, last: str, prompt_tokens: int, params: GenerationParams) -> Generation:
+    def _start(
+        self, asked: object, last: str, prompt_tokens: int, params: GenerationParams, top_logprobs: int | None
+    ) -> Generation:
         if self._status.state != "ready":
             raise NotReadyError("no model is loaded yet")
         if self.fail_next:
@@ -117,6 +158,7 @@ class FakeService:
         self.requests.append(request)
         generation.attach(request, request.cancelled.set)
         limit = params.max_tokens or len(words)
+        request.top_logprobs = top_logprobs
         threading.Thread(target=self._speak, args=(generation, request, len(words), limit), daemon=True).start()
         return generation
 
@@ -138,7 +180,9 @@ class FakeService:
                 phase="decode", completion_tokens=index + 1, evaluated_tokens=request.stats().prompt_tokens,
                 seconds_to_first_token=first - begin, decode_seconds=time.monotonic() - first,
             )  # fmt: skip
-            if generation.on_token(index, None):
+            asked = request.top_logprobs
+            top = tuple((index - other, -1.0 - other) for other in range(min(index + 1, asked or 0)))
+            if generation.on_token(index, None if asked is None else -0.5 * index, top=top):
                 break
         request.update(phase="done")
         generation.on_finish(reason)  # type: ignore[arg-type]

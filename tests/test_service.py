@@ -121,7 +121,7 @@ def test_two_people_load_at_once(service, monkeypatch):
     assert inside.wait(10)
     assert service.status().loading_preset == "two"
     with pytest.raises(BusyError, match="'two' is being loaded"):
-        service.load("one")
+        service.load("one", wait=False)
     assert read(service.complete("abc", SHORT))[2].finish_reason  # chat goes on meanwhile
     go_on.set()
     first.join()

@@ -1,11 +1,14 @@
 """Numbers and sentences of the page."""
 
+from dataclasses import replace
+
 import pytest
 
 from backend.errors import CheckpointError, UserError
-from backend.events import LoadProgress, PresetInfo, Stats, Status
+from backend.events import LoadProgress, Measured, PresetInfo, Stats, Status
 from ui import pieces, wording
-from ui.presets_tab import table
+from ui.plot import plot, ticks
+from ui.preset_table import table
 from ui.replies import OUR_FAULT, sentence
 
 
@@ -79,10 +82,78 @@ def test_pieces_escape_what_they_are_given() -> None:
 
 def test_a_preset_that_cannot_be_read_has_the_room_of_what_it_would_need() -> None:
     broken = PresetInfo("mine", "mine", "", "", loaded=False, error="mine.yaml: <b> is unknown")
-    good = PresetInfo("starter", "Starter", "starter", "about 0.5 GB of memory", loaded=True)
-    html = table([broken, good], Status(state="ready"))
+    good = PresetInfo("starter", "Starter", "starter", "about 0.5 GB of memory", ram_bytes=500_000_000)
+    html = table([broken, good], Status(state="ready", preset="starter"))
     row, other = html.split("<tr")[2:4]
-    assert 'colspan="2"' in row
-    assert 'class="needs"' not in row
+    assert 'colspan="4"' in row
+    assert "data-label" not in row
     assert "&lt;b&gt; is unknown" in row
-    assert 'class="needs">about 0.5 GB of memory' in other
+    assert "0.5 GB" in other
+    assert "running" in other
+
+
+def test_what_can_be_done_with_a_preset() -> None:
+    rows = [PresetInfo(name, name, "starter", "") for name in ("one", "two", "three", "four")]
+    step = LoadProgress("Loading two", 1, 2)
+    html = table(rows, Status("ready", "one", loading=step, loading_preset="two", next_presets=("three",)))
+    one, two, three, four = html.split("<tr")[2:]
+    assert "running" in one
+    assert "data-preset" not in one
+    assert 'data-cancel="two"' in two
+    assert 'data-cancel="three"' in three
+    assert "waits" in three
+    assert 'data-preset="four"' in four
+
+
+def test_progress_in_bytes_and_time() -> None:
+    assert wording.load_details(None) == wording.load_details(LoadProgress("Downloading")) == ""
+    assert wording.load_details(LoadProgress("Loading", 38_000_000, 98_400_000)) == "38 of 98 MB"
+    step = LoadProgress("Loading", 1_250_000_000, 13_500_000_000, seconds_left=151.0)
+    assert wording.load_details(step) == "1.2 of 13.5 GB · about 3 min left"
+    assert wording.load_details(LoadProgress("Measuring", 3, 12, "presets")) == "3 of 12 presets"
+    assert [wording.duration(seconds) for seconds in (0.2, 12.4, 200, 9000)] == ["1 s", "12 s", "3 min", "2 h"]
+
+
+def test_speed_quality_and_fit_of_a_preset() -> None:
+    plain = PresetInfo("one", "one", "starter", "about 1 GB", fits="now")
+    assert (wording.needs(plain), wording.speeds(plain), wording.quality(plain)) == (["about 1 GB"], [""], [""])
+    known = PresetInfo(
+        "one", "one", "starter", "", fits="after-unload", ram_bytes=60_000_000, vram_bytes=1_000_000_000,
+        tokens_per_second=41.76, bound_by="link", measured=Measured(38.2, perplexity=14.246, kl=0.00213),
+    )  # fmt: skip
+    assert wording.needs(known) == ["1.0 GB VRAM", "and 60 MB of memory"]
+    assert wording.speeds(known) == ["38.2 tokens/s", "measured; 41.8 tokens/s predicted"]
+    assert wording.quality(known) == ["14.25", "KL 0.0021"]
+    assert wording.fitting(known) == "in place of the loaded one"
+    assert wording.speeds(replace(known, measured=None)) == ["41.8 tokens/s", "predicted, link"]
+    assert wording.rate(0.0001) == "3 h a token"
+
+
+def test_what_is_loaded_in_numbers() -> None:
+    assert wording.holding(Status("loading")) == []
+    status = Status(
+        "ready", "one", "Model one", context=2048, weight_bytes=100_000_000, kv_bytes=50_000_000, process_bytes=10**9,
+        device="cpu", predicted_bytes=1_100_000_000, kv_used_bytes=3_000_000, free_bytes=5_400_000_000,
+        cache_tokens=4160, cache_free_tokens=3900,
+    )  # fmt: skip
+    assert dict(wording.holding(status)) == {
+        "Loaded": "Model one · cpu",
+        "Memory": "weights 0.1 GB · cache 3 MB of 50 MB in use · whole process 1.0 GB, 1.1 GB at most were predicted",
+        "Room": "5.4 GB free · the cache has room for 3,900 of 4,160 tokens, a chat for 2,048",
+    }
+
+
+def test_plot_of_what_was_measured() -> None:
+    rows = [
+        PresetInfo("one", "<One>", "m", "", measured=Measured(48.5, 900_000_000)),
+        PresetInfo("two", "Two", "m", ""),
+    ]
+    assert plot(rows[1:]) == ""
+    html = plot(rows)
+    assert html.count("<circle") == 1
+    assert "&lt;One&gt;: 48.5 tokens/s, 0.9 GB" in html
+    assert [ticks(most) for most in (48.5, 1.0, 0.03)] == [
+        [0, 20, 40, 60],
+        [0, 0.25, 0.5, 0.75, 1.0],
+        [0, 0.01, 0.02, 0.03],
+    ]

@@ -64,11 +64,12 @@ def build(service: Service, registry: Registry | None = None) -> gr.Blocks:
             page.opened,
             [tab_id],
             [*chat.all_outputs, chat.system, completion.text, completion.meter, *knobs, parameters.marks,
-             parameters.sets, presets.table, *about],
+             parameters.sets, *about],
             js=(STATIC / "tab.js").read_text(encoding="utf-8"), **private,
         )  # fmt: skip
         timer.tick(page.about, None, about, **private)
-        presets_page.select(page.presets, None, [presets.table, *about], **private)
+        shown = [presets.table, presets.holding, presets.plot]
+        presets_page.select(page.presets, None, [*shown, *about], **private)
         demo.unload(page.closed)
     demo.queue(api_open=False, max_size=200, default_concurrency_limit=None)
     calm(demo)
@@ -122,8 +123,7 @@ class _Page:
         chat = await chat_tab.whole(self._context, session, box=draft or None)
         completion = await completion_tab.restore(self._context, session)
         parameters = await asyncio.to_thread(parameters_tab.restore, self._parameters, self._context, session)
-        table = await presets_tab.current_table(self._context)
-        return [*chat, workspace.conversation.system, *completion, *parameters, table, *await self.about()]
+        return [*chat, workspace.conversation.system, *completion, *parameters, *await self.about()]
 
     async def about(self) -> list[Any]:
         """What answers now. While something is being loaded the page looks again by itself, otherwise it does not."""
@@ -134,7 +134,7 @@ class _Page:
 
     async def presets(self) -> list[Any]:
         """The table, fresh each time it is looked at: another person may have changed the model."""
-        return [await presets_tab.current_table(self._context), *await self.about()]
+        return [*await presets_tab.current(self._context), *await self.about()]
 
     async def other_model(self, request: gr.Request) -> list[Any]:
         """After a load: other defaults, another context."""

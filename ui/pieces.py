@@ -41,6 +41,11 @@ def notice(text: str | None) -> str:
     return f'<p class="notice" role="alert">{escape(text)}</p>' if text else ""
 
 
+def remark(text: str | None) -> str:
+    """The same about something that went as it was asked to."""
+    return f'<p class="remark" role="status">{escape(text)}</p>' if text else ""
+
+
 def progress_bar(progress: LoadProgress | None, preset: str | None) -> str:
     """How far a load has come, as a bar and in words."""
     words = wording.loading(progress, preset)
@@ -48,8 +53,10 @@ def progress_bar(progress: LoadProgress | None, preset: str | None) -> str:
     value = "" if share is None else f' aria-valuenow="{round(100 * share)}"'
     width = "" if share is None else f' style="width:{100 * share:.1f}%"'
     kind = "" if share is not None else " unknown"
+    details = wording.load_details(progress)
+    more = f'<span class="soft">{escape(details)}</span>' if details else ""
     return (
-        f'<div class="loading"><span>{escape(words)}</span><div class="track{kind}" role="progressbar" '
+        f'<div class="loading"><span>{escape(words)}</span>{more}<div class="track{kind}" role="progressbar" '
         f'aria-label="{escape(words)}" aria-valuemin="0" aria-valuemax="100"{value}><i{width}></i></div></div>'
     )
 

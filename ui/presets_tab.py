@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
 
-from backend.events import LoadProgress, PresetInfo, Status
-from ui import pieces, wording
+from backend.errors import LoadCancelled
+from backend.events import LoadProgress
+from ui import pieces
 from ui.door import PRIVATE, Context
+from ui.plot import plot
+from ui.preset_table import summary, table
 from ui.replies import sentence
 
 LOOK = 0.15  # seconds between looks at the progress of a load
 PRESS = """
 element.addEventListener('click', (event) => {
-    const button = event.target.closest('button[data-preset]');
-    if (button) trigger('click', {name: button.dataset.preset});
+    const button = event.target.closest('button');
+    if (button && button.dataset.preset) trigger('click', {name: button.dataset.preset});
+    if (button && button.dataset.cancel) trigger('stop', {name: button.dataset.cancel});
 });
 """
 
@@ -31,85 +34,56 @@ class PresetsTab:
     table: gr.HTML
     progress: gr.HTML
     notice: gr.HTML
+    holding: gr.HTML
+    plot: gr.HTML
 
 
 def build() -> PresetsTab:
     """Lay the widgets out."""
     with gr.Column(elem_id="presets", elem_classes="sheet wide"):
         gr.HTML('<h2>Presets</h2><p class="soft">Ways to run a model here. Chats go on with the one you load.</p>')
+        holding = gr.HTML(elem_id="preset-holding")
         progress = gr.HTML(elem_id="preset-progress")
         notice = gr.HTML(elem_id="preset-notice")
-        table = gr.HTML(elem_id="preset-table", js_on_load=PRESS)
-    return PresetsTab(table, progress, notice)
+        rows = gr.HTML(elem_id="preset-table", js_on_load=PRESS)
+        plotted = gr.HTML(elem_id="preset-plot")
+    return PresetsTab(rows, progress, notice, holding, plotted)
 
 
 def wire(tab: PresetsTab, context: Context, chip: gr.HTML, changed: Sequence[Any], after: Any) -> None:
     """Connect the table. `after` fills `changed`: what else in the page depends on the model that answers."""
     handlers = _Handlers(context)
-    loading = tab.table.click(handlers.load, None, [tab.table, tab.progress, tab.notice, chip], **PRIVATE)
+    outputs = [tab.table, tab.progress, tab.notice, chip, tab.holding]
+    # multiple: a second load may wait for the first
+    loading = tab.table.click(handlers.load, None, outputs, trigger_mode="multiple", **PRIVATE)
     loading.then(after, None, list(changed), **PRIVATE)
+    tab.table.stop(handlers.cancel, None, [tab.notice], trigger_mode="multiple", **PRIVATE)
 
 
-def table(presets: Sequence[PresetInfo], status: Status) -> str:
-    """The table, one row a preset: what it is, what it needs, and its state or what can be done."""
-    rows = "".join(_row(info, status) for info in presets)
-    names = ("Preset", "Needs", '<span class="unseen">State</span>')
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    return f'<table class="presets"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-
-
-def _row(info: PresetInfo, status: Status) -> str:
-    busy = status.loading is not None or status.state == "loading"
-    details = f'<span class="soft">{escape(info.error or info.name)}</span>'
-    wide = ' colspan="2"' if info.error else ""  # what is wrong has the room of what it would need
-    title = f'<td{wide}><span class="title">{escape(info.title or info.name)}</span><br>{details}</td>'
-    needs = "" if info.error else f'<td class="needs">{escape(info.needs)}</td>'
-    if busy and info.name == status.loading_preset:
-        action = '<span class="pill mid">loading</span>'
-    elif info.loaded:
-        action = '<span class="pill ok">running</span>'
-    elif info.error:
-        action = '<span class="pill no">cannot be read</span>'
-    else:
-        off = " disabled" if busy else ""
-        label = escape(f"Load {info.title or info.name}", quote=True)
-        action = (
-            f'<button type="button" class="load" data-preset="{escape(info.name, quote=True)}" '
-            f'aria-label="{label}"{off}>Load</button>'
-        )
-    mark = ' class="on"' if info.loaded else ""
-    return f"<tr{mark}>{title}{needs}<td class='act'>{action}</td></tr>"
-
-
-async def current_table(context: Context) -> str:
-    """The table as things stand."""
+async def current(context: Context) -> list[str]:
+    """Table, summary and plot as things stand."""
     presets, status = await asyncio.gather(
         asyncio.to_thread(context.service.presets), asyncio.to_thread(context.service.status)
     )
-    return table(presets, status)
+    return [table(presets, status), summary(status), plot(presets)]
 
 
 class _Handlers:
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    async def load(self, event: gr.EventData) -> AsyncIterator[tuple[str, str, str, str]]:
-        """Load in a thread and show how far it is. On failure one sentence, and the earlier preset stays."""
-        service = self._context.service
-        name = str(event._data.get("name", "")) if isinstance(event._data, dict) else ""
+    async def load(self, event: gr.EventData) -> AsyncIterator[tuple[str, str, str, str, str]]:
+        """Load in a thread and show how far it is. On failure one sentence, and the earlier preset is there again."""
+        service, name = self._context.service, _named(event)
         latest: list[LoadProgress] = []
-        before = await asyncio.to_thread(service.status)
         rows = await asyncio.to_thread(service.presets)
-        if before.loading is not None or before.state == "loading":
-            words = f"{wording.loading(before.loading, before.loading_preset)}. Wait for it, then choose again."
-            yield table(rows, before), "", pieces.notice(words), pieces.chip(before)
-            return
+        before = summary(await asyncio.to_thread(service.status))
         work = asyncio.ensure_future(asyncio.to_thread(service.load, name, latest.append))
         try:
             while not work.done():
                 now = latest[-1] if latest else LoadProgress(f"Loading {name}")
-                status = wording.with_loading(before, now, name)
-                yield table(rows, status), pieces.progress_bar(now, name), "", pieces.chip(status)
+                status = await asyncio.to_thread(service.status)
+                yield table(rows, status), pieces.progress_bar(now, name), "", pieces.chip(status), before
                 await asyncio.wait([work], timeout=LOOK)
             error = work.exception()
         finally:
@@ -119,4 +93,15 @@ class _Handlers:
         after = await asyncio.to_thread(service.status)
         if why and after.state == "ready":
             why = f"{why} {after.title or after.preset} goes on answering."
-        yield await current_table(self._context), "", pieces.notice(why), pieces.chip(after)
+        said = pieces.remark(why) if isinstance(error, LoadCancelled) else pieces.notice(why)
+        shown, holding, _ = await current(self._context)
+        yield shown, "", said, pieces.chip(after), holding
+
+    async def cancel(self, event: gr.EventData) -> str:
+        """Call off a load, whoever began it; who did is told."""
+        await asyncio.to_thread(self._context.service.cancel_load, _named(event))
+        return ""
+
+
+def _named(event: gr.EventData) -> str:
+    return str(event._data.get("name", "")) if isinstance(event._data, dict) else ""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from backend.events import LoadProgress, Stats, Status
+from backend.events import LoadProgress, PresetInfo, Stats, Status
 
 WORDS_PER_TOKEN = 0.75  # English prose; "about" in the sentence says that it is a rule of thumb
 
@@ -80,6 +78,28 @@ def loading(progress: LoadProgress | None, preset: str | None = None) -> str:
     return f"{stage}, {int(100 * progress.fraction)}%"
 
 
+def load_details(progress: LoadProgress | None) -> str:
+    """'38 of 98 MB · about 12 s left'."""
+    if progress is None or not progress.total:
+        return ""
+    if progress.unit == "B":
+        large = progress.total >= 1_000_000_000
+        numbers = [f"{n / 1e9:.1f}" if large else f"{round(n / 1e6)}" for n in (progress.done, progress.total)]
+        parts = [f"{numbers[0]} of {numbers[1]} {'GB' if large else 'MB'}"]
+    else:
+        parts = [f"{thousands(progress.done)} of {thousands(progress.total)} {progress.unit}"]
+    if progress.seconds_left is not None:
+        parts.append(f"about {duration(progress.seconds_left)} left")
+    return " · ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """'12 s', '3 min', '2 h': as much as an estimate knows."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{round(seconds / 3600)} h"
+
+
 def ending(reason: str | None) -> str:
     """Why a reply is shorter than it might be; empty when it simply ended."""
     return {"cancelled": "stopped", "length": "reached the reply length", "error": "broken off"}.get(reason or "", "")
@@ -123,6 +143,64 @@ def answers(status: Status) -> str:
     return "No model is loaded yet. Pick one under Presets."
 
 
-def with_loading(status: Status, progress: LoadProgress, preset: str) -> Status:
-    """The same status while a preset is on its way, for a load that this page itself has started."""
-    return replace(status, loading=progress, loading_preset=preset)
+# presets -------------------------------------------------------------------------------------------------------------
+
+
+def needs(info: PresetInfo) -> list[str]:
+    """What a preset takes: memory, and that of the GPU."""
+    if not info.ram_bytes:
+        return [info.needs]
+    if info.vram_bytes:
+        return [f"{memory(info.vram_bytes)} VRAM", f"and {memory(info.ram_bytes)} of memory"]
+    return [memory(info.ram_bytes)]
+
+
+def speeds(info: PresetInfo) -> list[str]:
+    """Measured where it was, and predicted with the limit that binds."""
+    found = info.measured.tokens_per_second if info.measured else None
+    guess = info.tokens_per_second
+    if found is not None:
+        return [rate(found), "measured" if guess is None else f"measured; {rate(guess)} predicted"]
+    if guess is None:
+        return [""]
+    return [rate(guess), f"predicted, {info.bound_by}" if info.bound_by else "predicted"]
+
+
+def rate(tokens_per_second: float) -> str:
+    """'41.8 tokens/s'; slower than one in ten seconds is said in time."""
+    if tokens_per_second >= 0.095:
+        return f"{tokens_per_second:.1f} tokens/s"
+    return f"{duration(1 / tokens_per_second)} a token" if tokens_per_second > 0 else "0 tokens/s"
+
+
+def quality(info: PresetInfo) -> list[str]:
+    """Perplexity, and how far from the reference, where it was measured."""
+    found = info.measured
+    if found is None or found.perplexity is None:
+        return [""]
+    return [f"{found.perplexity:.2f}", "" if found.kl is None else f"KL {found.kl:.4f}"]
+
+
+def fitting(info: PresetInfo) -> str:
+    """Whether a preset fits, in words."""
+    return {"now": "now", "after-unload": "in place of the loaded one", "no": "no"}.get(info.fits or "", "")
+
+
+def holding(status: Status) -> list[tuple[str, str]]:
+    """What is loaded in numbers: measured against predicted, and what is left."""
+    if status.state != "ready":
+        return []
+    lines = [("Loaded", " · ".join(part for part in (status.title or status.preset or "", status.device) if part))]
+    parts = [f"weights {memory(status.weight_bytes)}"] if status.weight_bytes else []
+    if status.kv_bytes:
+        parts.append(f"cache {memory(status.kv_used_bytes)} of {memory(status.kv_bytes)} in use")
+    predicted = f", {memory(status.predicted_bytes)} at most were predicted" if status.predicted_bytes else ""
+    parts.append(f"whole process {memory(status.process_bytes)}{predicted}")
+    lines.append(("Memory", " · ".join(parts)))
+    room = [f"{memory(status.free_bytes)} free"] if status.free_bytes else []
+    if status.cache_tokens:
+        free = f"{thousands(status.cache_free_tokens)} of {thousands(status.cache_tokens)}"
+        room.append(f"the cache has room for {free} tokens, a chat for {thousands(status.context)}")
+    if room:
+        lines.append(("Room", " · ".join(room)))
+    return lines

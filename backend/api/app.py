@@ -15,9 +15,7 @@ from backend.api.failures import HTTPFailure, as_user_error, error_response
 from backend.api.replies import CLIENT_CLOSED
 from backend.api.routes import Door, add_routes
 from backend.errors import UserError
-from backend.settings import Settings
-
-VERSION = "0.2.0"
+from backend.settings import VERSION, Settings
 
 log = logging.getLogger(__name__)
 

@@ -63,7 +63,9 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: Settings, hosts: Sequence[str] = (), limits: Limits | None = None):
         self._app = app
         self._limits = limits or Limits()
-        self._keys = tuple(key.encode() for key in settings.api_keys)
+        self._admin = settings.admin_key.encode() if settings.admin_key is not None else None
+        self._keys = (*(key.encode() for key in settings.api_keys), *([self._admin] if self._admin else []))
+        self._open = not settings.api_keys  # to everybody, but for what needs the admin key
         self._any_address = settings.host in WILDCARDS
         self._hosts = frozenset(_plain_name(name) for name in (*LOOPBACK, settings.host, *hosts) if name)
 
@@ -121,7 +123,8 @@ class Guard:
         return host
 
     def _check_key(self, path: str, values: list[bytes]) -> None:
-        if not self._keys or path == paths.HEALTH:
+        guarded = path in paths.ADMIN and self._admin is not None
+        if path == paths.HEALTH or (self._open and not guarded):
             return
         scheme, _, given = (values[0] if len(values) == 1 else b"").partition(b" ")
         given = given.strip()
@@ -131,6 +134,8 @@ class Guard:
             raise HTTPFailure(
                 401, "a valid API key is needed: Authorization: Bearer KEY", headers={"www-authenticate": "Bearer"}
             )
+        if guarded and self._admin is not None and not hmac.compare_digest(given, self._admin):
+            raise HTTPFailure(403, "loading presets needs the admin key")
 
 
 class Exchange:

@@ -14,6 +14,9 @@ CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
 PRESETS = "/v1/presets"
 LOAD = "/v1/presets/load"
+CANCEL = "/v1/presets/cancel"
+
+ADMIN = frozenset({LOAD, CANCEL})  # what changes the server for everybody
 
 _EXACT = frozenset({ROOT, HEALTH, VERSION, OPENAPI, MODELS, CHAT, COMPLETIONS})
 _BELOW = (f"{ROOT}/", f"{MODELS}/")

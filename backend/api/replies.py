@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from backend.api.failures import as_user_error, error_body, error_response
+from backend.api.scores import Scored, Scores
 from backend.api.shapes import Reply, Shape
 from backend.api.sse import DONE, PING, disconnected, ended, event
 from backend.errors import UserError
@@ -22,6 +23,7 @@ from backend.events import Chunk, Stats
 from backend.generation import Generation
 
 PING_SECONDS = 15.0
+LOOK = 0.05  # seconds between looks whether the awaited model is there
 CLIENT_CLOSED = 499  # nobody reads it; it tells the access log apart from a success
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,11 @@ async def events(
 
 async def _told(shape: Shape, generations: Sequence[Generation], ping_seconds: float) -> AsyncGenerator[bytes, None]:
     last = [Stats()] * len(generations)
+    scores = [Scores() for _ in generations]
+    async with aclosing(_unbegun(generations, ping_seconds)) as pings:
+        async for ping in pings:
+            yield ping
+    shape = shape.answered_by(generations[0].model)
     for index in range(len(generations)):
         opening = shape.opening(index)
         if opening:
@@ -60,11 +67,12 @@ async def _told(shape: Shape, generations: Sequence[Generation], ping_seconds: f
             last[index] = chunk.stats
             if chunk.finish_reason == "error":
                 raise _reported(chunk.error)
-            if chunk.text:
-                yield event(shape.piece(index, chunk.text))
+            scored = scores[index].take(chunk, generations[index].token_bytes) if chunk.logprobs else ()
+            if chunk.text or scored:
+                yield event(shape.piece(index, chunk.text, scored))
             if chunk.finish_reason:
                 yield event(shape.ending(index, chunk.finish_reason))
-            if chunk.text or chunk.finish_reason:
+            if chunk.text or scored or chunk.finish_reason:
                 spoken = time.monotonic()
             elif time.monotonic() - spoken >= ping_seconds * 0.9:  # timers may fire a little early
                 yield PING
@@ -72,6 +80,16 @@ async def _told(shape: Shape, generations: Sequence[Generation], ping_seconds: f
     closing = shape.closing(last)
     if closing:
         yield event(closing)
+
+
+async def _unbegun(generations: Sequence[Generation], ping_seconds: float) -> AsyncGenerator[bytes, None]:
+    """Until a model has taken them all: pings while one is being loaded. Only then is its name known."""
+    spoken = time.monotonic()
+    while not all(generation.begun for generation in generations):
+        await asyncio.sleep(LOOK)
+        if time.monotonic() - spoken >= ping_seconds:
+            yield PING
+            spoken = time.monotonic()
 
 
 async def answer(shape: Shape, generations: Sequence[Generation], request: Request) -> Response:
@@ -82,7 +100,8 @@ async def answer(shape: Shape, generations: Sequence[Generation], request: Reque
         await asyncio.wait({folding, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not folding.done():
             return Response(status_code=CLIENT_CLOSED)
-        return JSONResponse(shape.whole(await folding))
+        whole = await folding
+        return JSONResponse(shape.answered_by(generations[0].model).whole(whole))
     except UserError as error:
         return error_response(error)
     finally:
@@ -92,14 +111,19 @@ async def answer(shape: Shape, generations: Sequence[Generation], request: Reque
 
 async def _folded(generations: Sequence[Generation]) -> list[Reply]:
     texts: list[list[str]] = [[] for _ in generations]
+    scores = [Scores() for _ in generations]
+    scored: list[list[Scored]] = [[] for _ in generations]
     replies: dict[int, Reply] = {}
     async with aclosing(merged(generations, None)) as chunks:
         async for index, chunk in chunks:
             if chunk.finish_reason == "error":
                 raise _reported(chunk.error)
             texts[index].append(chunk.text)
+            if chunk.logprobs:
+                scored[index] += scores[index].take(chunk, generations[index].token_bytes)
             if chunk.finish_reason:
-                replies[index] = Reply("".join(texts[index]), chunk.finish_reason, chunk.stats)
+                text = "".join(texts[index])
+                replies[index] = Reply(text, chunk.finish_reason, chunk.stats, tuple(scored[index]))
     return [replies[index] for index in range(len(generations))]
 
 

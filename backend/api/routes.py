@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import anyio.to_thread
@@ -43,15 +44,21 @@ class Door(Protocol):
 
     def presets(self) -> list[PresetInfo]: ...
 
-    def load(self, name: str, progress: Callable[[LoadProgress], None] | None = None) -> None: ...
+    def load(self, name: str, progress: Callable[[LoadProgress], None] | None = None, *, wait: bool = True) -> None: ...
+
+    def cancel_load(self, name: str | None = None) -> bool: ...
 
     def status(self) -> Status: ...
 
     def default_params(self) -> GenerationParams: ...
 
-    def chat(self, messages: Sequence[Message], params: GenerationParams) -> Generation: ...
+    def chat(
+        self, messages: Sequence[Message], params: GenerationParams, *, top_logprobs: int | None = None
+    ) -> Generation: ...
 
-    def complete(self, prompt: str | Sequence[int], params: GenerationParams) -> Generation: ...
+    def complete(
+        self, prompt: str | Sequence[int], params: GenerationParams, *, top_logprobs: int | None = None
+    ) -> Generation: ...
 
 
 class Endpoints:
@@ -90,11 +97,19 @@ class Endpoints:
     # doing -----------------------------------------------------------------------------------------------------------
 
     async def load(self, request: Request) -> Response:
-        """Load a preset and answer when it is loaded. A client that leaves does not undo the load."""
+        """Load a preset and answer when it is loaded. A client that leaves does not undo the load.
+
+        While another preset is being loaded the answer is 503: a program can come back, and need not hold a thread.
+        """
         name = read_load(read_object(await request.body()))
-        await _in_thread(lambda: self.service.load(name))
+        await _in_thread(lambda: self.service.load(name, wait=False))
         status = await _in_thread(self.service.status)
         return JSONResponse({"status": status.state, "preset": status.preset, "model": status.model})
+
+    async def cancel_load(self, request: Request) -> Response:
+        """Cancel the load that is being carried out, whoever asked for it."""
+        await request.body()
+        return JSONResponse({"cancelled": await _in_thread(self.service.cancel_load)})
 
     async def chat(self, request: Request) -> Response:
         raw = await request.body()
@@ -106,27 +121,27 @@ class Endpoints:
         raw = await request.body()
         asked, model, generations = await _in_thread(lambda: self._start_completion(raw))
         envelope = self._envelope("cmpl", model, asked)
-        return await _respond(asked, shapes.TextShape(envelope), generations, request)
+        echoed = tuple(str(prompt) for prompt in asked.prompts for _ in range(asked.n)) if asked.echo else ()
+        return await _respond(asked, shapes.TextShape(envelope, echoed), generations, request)
 
     def _start_chat(self, raw: bytes) -> tuple[Asked, str, list[Generation]]:
         asked = read_chat(read_object(raw))
         model = self._model(asked)
-        params = asked.params(self.service.default_params())
-        return asked, model, [self.service.chat(asked.messages, params)]
+        choices = asked.params(self.service.default_params())
+        starts = [partial(self.service.chat, asked.messages, params, **asked.options) for params in choices]
+        return asked, model, _all_or_none(starts)
 
     def _start_completion(self, raw: bytes) -> tuple[Asked, str, list[Generation]]:
-        """Start every prompt before any is read, so that they run together; all of them or none."""
+        """Start every choice of every prompt before any is read, so that they run together."""
         asked = read_completion(read_object(raw))
         model = self._model(asked)
-        params = asked.params(self.service.default_params())
-        started: list[Generation] = []
-        try:
-            for prompt in asked.prompts:
-                started.append(self.service.complete(prompt, params))
-        except BaseException:
-            replies.stop_all(started)
-            raise
-        return asked, model, started
+        choices = asked.params(self.service.default_params())
+        starts = [
+            partial(self.service.complete, prompt, params, **asked.options)
+            for prompt in asked.prompts
+            for params in choices
+        ]
+        return asked, model, _all_or_none(starts)
 
     def _model(self, asked: Asked) -> str:
         """The name to answer under. While nothing is loaded the service itself says why it cannot answer."""
@@ -137,13 +152,26 @@ class Endpoints:
         return names[0] if names else ""
 
     def _envelope(self, prefix: str, model: str, asked: Asked) -> shapes.Envelope:
-        return shapes.Envelope(shapes.new_id(prefix), int(time.time()), model, asked.include_usage)
+        scored = asked.top_logprobs is not None
+        return shapes.Envelope(shapes.new_id(prefix), int(time.time()), model, asked.include_usage, scored, asked.n)
 
 
 async def _respond(asked: Asked, shape: shapes.Shape, generations: Sequence[Generation], request: Request) -> Response:
     if asked.stream:
         return EventStream(replies.events(shape, generations), on_close=lambda: replies.stop_all(generations))
     return await replies.answer(shape, generations, request)
+
+
+def _all_or_none(starts: Sequence[Callable[[], Generation]]) -> list[Generation]:
+    """Start them all; when one cannot be, none goes on."""
+    started: list[Generation] = []
+    try:
+        for start in starts:
+            started.append(start())
+    except BaseException:
+        replies.stop_all(started)
+        raise
+    return started
 
 
 async def _in_thread(function: Callable[[], Result]) -> Result:
@@ -179,13 +207,14 @@ def add_routes(app: FastAPI, service: Door, version: str) -> None:
     for path, endpoint in get:
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
         app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
+    app.add_api_route(paths.CANCEL, at.cancel_load, methods=["POST"], response_model=None)
     for path, endpoint, fields in post:
         content = {"application/json": {"schema": body_schema(fields)}}
         extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None, openapi_extra=extra)
     refusals = [(path, WrongMethod("GET, HEAD")) for path, _ in get]
     refusals += [(paths.OPENAPI, WrongMethod("GET, HEAD"))]
-    refusals += [(path, WrongMethod("POST")) for path, _, _ in post]
+    refusals += [(path, WrongMethod("POST")) for path in (*(path for path, _, _ in post), paths.CANCEL)]
     for path, refusal in refusals:
         app.router.routes.append(Route(path, refusal, include_in_schema=False))
     for path in (paths.ROOT, paths.ROOT + "/{rest:path}"):

@@ -7,19 +7,24 @@ Fields that nobody knows are ignored; fields that we know and cannot honour are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
-from backend.api import neutral
+from backend.api import dialects, neutral
 from backend.api.conversation import read_messages, read_prompts
+from backend.api.failures import UnsupportedError
 from backend.errors import ParameterError
-from backend.params import KNOBS, GenerationParams, Knob
+from backend.knobs import NUMBERS, Knob
+from backend.params import KNOBS, GenerationParams
 from backend.text.messages import Message
 
 COMPLETION_TOKENS = 16  # what OpenAI's completions do when max_tokens is absent
 UNTIL_FULL = 0
+MOST_CHOICES = 64  # all prompts and n together
+MOST_LOGPROBS = 20
+LARGEST_SEED = 2**63 - 1
 _LENGTH = next(knob for knob in KNOBS if knob.name == "max_tokens")
 
 Name = Annotated[str | None, Field(max_length=500)]
@@ -37,11 +42,14 @@ class GenerationFields(BaseModel):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     max_tokens: Length = None
+    n: Annotated[int | None, Field(ge=1, le=MOST_CHOICES)] = None
 
 
 class ChatFields(GenerationFields):
     messages: Annotated[tuple[Message, ...], PlainValidator(read_messages, json_schema_input_type=list[dict[str, Any]])]
     max_completion_tokens: Length = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS)] = None
 
 
 class CompletionFields(GenerationFields):
@@ -49,6 +57,9 @@ class CompletionFields(GenerationFields):
         tuple[str | tuple[int, ...], ...],
         PlainValidator(read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
+    # not 0 means none: 0 asks for the log probability of the chosen tokens only
+    logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS)] | Literal[False] = None
+    echo: bool | None = None
 
 
 class LoadFields(BaseModel):
@@ -67,10 +78,24 @@ class Asked:
     sampling: Mapping[str, Any]
     messages: tuple[Message, ...] = ()
     prompts: Sequence[str | tuple[int, ...]] = ()
+    n: int = 1
+    top_logprobs: int | None = None  # likelier tokens wanted beside each one; None: no log probabilities at all
+    echo: bool = False
 
-    def params(self, defaults: GenerationParams) -> GenerationParams:
-        """The client's values on top of what the loaded preset recommends."""
-        return GenerationParams.from_mapping(self.sampling, defaults)
+    def params(self, defaults: GenerationParams) -> list[GenerationParams]:
+        """The client's values on top of what the loaded preset recommends, for each of the n choices.
+
+        Each choice has a random stream of its own: with a seed, that of the seed plus its number.
+        """
+        first = GenerationParams.from_mapping(self.sampling, defaults)
+        if first.seed is None:
+            return [first] * self.n
+        return [replace(first, seed=(first.seed + number) % (LARGEST_SEED + 1)) for number in range(self.n)]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the service is to be asked for besides."""
+        return {} if self.top_logprobs is None else {"top_logprobs": self.top_logprobs}
 
 
 def read_chat(body: Mapping[str, Any]) -> Asked:
@@ -78,7 +103,10 @@ def read_chat(body: Mapping[str, Any]) -> Asked:
     neutral.refuse_unsupported(body, neutral.CHAT)
     fields = _validated(ChatFields, body)
     limit = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
-    return _asked(fields, body, UNTIL_FULL if limit is None else limit, messages=fields.messages)
+    if fields.top_logprobs and not fields.logprobs:
+        raise ParameterError("top_logprobs: only allowed together with logprobs: true", param="top_logprobs")
+    top = (fields.top_logprobs or 0) if fields.logprobs else None
+    return _asked(fields, body, UNTIL_FULL if limit is None else limit, messages=fields.messages, top_logprobs=top)
 
 
 def read_completion(body: Mapping[str, Any]) -> Asked:
@@ -86,7 +114,14 @@ def read_completion(body: Mapping[str, Any]) -> Asked:
     neutral.refuse_unsupported(body, neutral.COMPLETION)
     fields = _validated(CompletionFields, body)
     limit = COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
-    return _asked(fields, body, limit, prompts=fields.prompt)
+    top = None if fields.logprobs is False else fields.logprobs
+    if fields.echo and top is not None:
+        raise UnsupportedError("echo: not together with logprobs, this server does not score prompts", param="echo")
+    if fields.echo and not all(isinstance(prompt, str) for prompt in fields.prompt):
+        raise UnsupportedError("echo: only for prompts that are texts", param="echo")
+    if len(fields.prompt) * (fields.n or 1) > MOST_CHOICES:
+        raise ParameterError(f"n: prompts times n is above {MOST_CHOICES}", param="n")
+    return _asked(fields, body, limit, prompts=fields.prompt, top_logprobs=top, echo=bool(fields.echo))
 
 
 def read_load(body: Mapping[str, Any]) -> str:
@@ -95,7 +130,8 @@ def read_load(body: Mapping[str, Any]) -> str:
 
 
 def _asked(fields: GenerationFields, body: Mapping[str, Any], limit: int, **content: Any) -> Asked:
-    sampling = {knob.name: _knob_value(knob, body[knob.name]) for knob in KNOBS if body.get(knob.name) is not None}
+    own = {knob.name: body[knob.name] for knob in KNOBS if body.get(knob.name) is not None} | dialects.translated(body)
+    sampling = {knob.name: _knob_value(knob, own[knob.name]) for knob in KNOBS if knob.name in own}
     sampling["max_tokens"] = limit
     GenerationParams.from_mapping(sampling)  # a bad value is the client's error, whatever the preset's defaults are
     return Asked(
@@ -103,13 +139,14 @@ def _asked(fields: GenerationFields, body: Mapping[str, Any], limit: int, **cont
         stream=bool(fields.stream),
         include_usage=_include_usage(fields),
         sampling=sampling,
+        n=fields.n or 1,
         **content,
     )
 
 
 def _knob_value(knob: Knob, value: Any) -> Any:
     """Stricter than the knob itself, for which an empty text is a seed that was left out of a form."""
-    if knob.kind != "strings" and isinstance(value, str):
+    if knob.kind in NUMBERS and isinstance(value, str):
         raise ParameterError(f"{knob.name}: found a text, expected a number", param=knob.name)
     return value
 
@@ -150,8 +187,18 @@ def body_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _knob_schema(knob: Knob) -> dict[str, Any]:
-    if knob.kind == "strings":
-        one = {"type": "string"}
+    if knob.kind in ("strings", "names"):
+        one: dict[str, Any] = {"type": "string", **({"enum": list(knob.choices)} if knob.choices else {})}
         return {"anyOf": [one, {"type": "array", "items": one, "maxItems": int(knob.high)}], "description": knob.help}
+    if knob.kind == "bool":
+        return {"type": "boolean", "description": knob.help}
+    if knob.kind == "text":
+        return {"type": "string", "maxLength": int(knob.high), "description": knob.help}
+    if knob.kind == "ids":
+        ids = {"type": "integer", "minimum": 0}
+        return {"type": "array", "items": ids, "maxItems": int(knob.high), "description": knob.help}
+    if knob.kind == "biases":
+        bias = {"type": "number", "minimum": knob.low, "maximum": knob.high}
+        return {"type": "object", "additionalProperties": bias, "description": knob.help}
     kind = "number" if knob.kind == "float" else "integer"
     return {"type": kind, "minimum": knob.low, "maximum": knob.high, "description": knob.help}

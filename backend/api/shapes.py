@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+from backend.api.scores import Scored, chat_logprobs, text_logprobs
 from backend.events import FinishReason, PresetInfo, Stats, Status
 
 Body = dict[str, Any]
@@ -23,16 +24,20 @@ class Reply:
     text: str
     finish_reason: FinishReason
     stats: Stats
+    scored: tuple[Scored, ...] = ()
 
 
 class Shape(Protocol):
     """How one endpoint words its answer. `index` is the choice's number."""
 
+    def answered_by(self, model: str) -> Shape:
+        """The same under the name of the model that answers, which for a request that waited is known late."""
+
     def opening(self, index: int) -> Body | None:
         """What a stream says before any text, if anything."""
 
-    def piece(self, index: int, text: str) -> Body:
-        """Text as it comes."""
+    def piece(self, index: int, text: str, scored: Sequence[Scored] = ()) -> Body:
+        """Text as it comes, and the tokens it comes from, which may be ahead of it or behind."""
 
     def ending(self, index: int, reason: FinishReason) -> Body:
         """The last chunk of one choice."""
@@ -52,6 +57,11 @@ class Envelope:
     created: int
     model: str
     include_usage: bool
+    scored: bool = False  # whether log probabilities were asked for
+    n: int = 1  # choices for each prompt
+
+    def tokens(self, scored: Sequence[Scored]) -> Sequence[Scored] | None:
+        return scored if self.scored else None
 
     def body(self, kind: str, choices: list[Body]) -> Body:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
@@ -61,7 +71,7 @@ class Envelope:
         return self.body(kind, list(choices)) | ({"usage": None} if self.include_usage else {})
 
     def closing(self, kind: str, stats: Sequence[Stats]) -> Body | None:
-        return self.body(kind, []) | {"usage": usage(stats)} if self.include_usage else None
+        return self.body(kind, []) | {"usage": usage(stats, self.n)} if self.include_usage else None
 
 
 @dataclass(frozen=True)
@@ -69,11 +79,14 @@ class ChatShape:
     envelope: Envelope
     kind = "chat.completion.chunk"
 
+    def answered_by(self, model: str) -> ChatShape:
+        return replace(self, envelope=replace(self.envelope, model=model)) if model else self
+
     def opening(self, index: int) -> Body | None:
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, text: str) -> Body:
-        return self._chunk(index, {"content": text})
+    def piece(self, index: int, text: str, scored: Sequence[Scored] = ()) -> Body:
+        return self._chunk(index, {"content": text}, scored=scored)
 
     def ending(self, index: int, reason: FinishReason) -> Body:
         return self._chunk(index, {}, reason)
@@ -86,42 +99,60 @@ class ChatShape:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": reply.text, "refusal": None},
-                "logprobs": None,
+                "logprobs": chat_logprobs(self.envelope.tokens(reply.scored)),
                 "finish_reason": finish_reason(reply.finish_reason),
             }
             for index, reply in enumerate(replies)
         ]
-        return self.envelope.body("chat.completion", choices) | {"usage": usage([reply.stats for reply in replies])}
+        counts = usage([reply.stats for reply in replies], self.envelope.n)
+        return self.envelope.body("chat.completion", choices) | {"usage": counts}
 
-    def _chunk(self, index: int, delta: Body, reason: FinishReason | None = None) -> Body:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason(reason)}
+    def _chunk(
+        self, index: int, delta: Body, reason: FinishReason | None = None, scored: Sequence[Scored] = ()
+    ) -> Body:
+        logprobs = chat_logprobs(self.envelope.tokens(scored)) if scored else None
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason(reason)}
         return self.envelope.chunk(self.kind, choice)
 
 
 @dataclass(frozen=True)
 class TextShape:
     envelope: Envelope
+    echoed: tuple[str, ...] = ()  # the prompt of each choice, where it is to be said again
     kind = "text_completion"
 
-    def opening(self, index: int) -> Body | None:
-        return None
+    def answered_by(self, model: str) -> TextShape:
+        return replace(self, envelope=replace(self.envelope, model=model)) if model else self
 
-    def piece(self, index: int, text: str) -> Body:
-        return self.envelope.chunk(self.kind, _text_choice(index, text, None))
+    def opening(self, index: int) -> Body | None:
+        return self.piece(index, self.echoed[index]) if self.echoed else None
+
+    def piece(self, index: int, text: str, scored: Sequence[Scored] = ()) -> Body:
+        logprobs = text_logprobs(self.envelope.tokens(scored)) if scored else None
+        return self.envelope.chunk(self.kind, _text_choice(index, text, None, logprobs))
 
     def ending(self, index: int, reason: FinishReason) -> Body:
-        return self.envelope.chunk(self.kind, _text_choice(index, "", reason))
+        return self.envelope.chunk(self.kind, _text_choice(index, "", reason, None))
 
     def closing(self, stats: Sequence[Stats]) -> Body | None:
         return self.envelope.closing(self.kind, stats)
 
     def whole(self, replies: Sequence[Reply]) -> Body:
-        choices = [_text_choice(index, reply.text, reply.finish_reason) for index, reply in enumerate(replies)]
-        return self.envelope.body(self.kind, choices) | {"usage": usage([reply.stats for reply in replies])}
+        choices = [
+            _text_choice(
+                index,
+                (self.echoed[index] if self.echoed else "") + reply.text,
+                reply.finish_reason,
+                text_logprobs(self.envelope.tokens(reply.scored)),
+            )
+            for index, reply in enumerate(replies)
+        ]
+        counts = usage([reply.stats for reply in replies], self.envelope.n)
+        return self.envelope.body(self.kind, choices) | {"usage": counts}
 
 
-def _text_choice(index: int, text: str, reason: FinishReason | None) -> Body:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason(reason)}
+def _text_choice(index: int, text: str, reason: FinishReason | None, logprobs: Body | None) -> Body:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason(reason)}
 
 
 def new_id(prefix: str) -> str:
@@ -133,15 +164,15 @@ def finish_reason(reason: FinishReason | None) -> str | None:
     return "stop" if reason == "cancelled" else reason
 
 
-def usage(stats: Sequence[Stats]) -> Body:
-    """Token counts over all choices."""
-    prompt = sum(each.prompt_tokens for each in stats)
+def usage(stats: Sequence[Stats], n: int = 1) -> Body:
+    """Token counts over all choices; a prompt counts once for its n choices."""
+    prompt = sum(each.prompt_tokens for each in stats[::n])
     completion = sum(each.completion_tokens for each in stats)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(each.cached_tokens for each in stats)},
+        "prompt_tokens_details": {"cached_tokens": sum(each.cached_tokens for each in stats[::n])},
     }
 
 
@@ -166,4 +197,11 @@ def preset_row(info: PresetInfo) -> Body:
         "needs": info.needs,
         "loaded": info.loaded,
         "error": info.error,
+        "note": info.note or None,
+        "fits": info.fits,
+        "ram_bytes": info.ram_bytes,
+        "vram_bytes": info.vram_bytes,
+        "predicted_tokens_per_second": info.tokens_per_second,
+        "bound_by": info.bound_by or None,
+        "measured": asdict(info.measured) if info.measured else None,
     }

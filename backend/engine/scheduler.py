@@ -49,6 +49,8 @@ class Scheduler:
         for request in list(self.running):
             if request not in self.running:  # gave its blocks to an older one a moment ago
                 continue
+            if request.not_before and request.not_before > request.clock():
+                continue
             left = len(request.ids) - request.computed
             tokens = 1 if left == 1 else min(left, budget)
             if not tokens or not self._reserve(request, request.computed + tokens):
@@ -65,6 +67,12 @@ class Scheduler:
         request.computed += work.tokens
         if request.lease is not None and request.use_cache:
             self._pool.commit(request.lease, request.ids[: request.computed])
+
+    def rewind(self, request: Request, tokens: int) -> None:
+        """Take back the last tokens of a running request. It gives up its blocks, since those of the taken tokens may
+        be shared by now, and finds what is still true of them again when it is admitted, before all others."""
+        self._preempt(request)
+        del request.ids[len(request.ids) - tokens :]
 
     def remove(self, request: Request, *, keep: bool = True) -> None:
         """The request is over, wherever it is: its blocks go back, findable unless `keep` is False."""

@@ -7,7 +7,7 @@ import threading
 
 from backend.engine.engine import Engine
 from backend.engine.request import Request
-from backend.errors import BusyError, NotReadyError
+from backend.errors import BusyError, NotReadyError, UnloadingError
 
 
 class Worker:
@@ -18,6 +18,7 @@ class Worker:
         self._inbox: collections.deque[Request] = collections.deque()
         self._wake = threading.Condition()
         self._closing = self._drain = False
+        self._reason = "the model was unloaded before this reply was finished"
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -33,21 +34,26 @@ class Worker:
         """Hand over a request. Raises when too many wait, or when this worker is closing."""
         with self._wake:
             if self._closing:
-                raise NotReadyError("the model is being unloaded; try again in a moment")
+                raise UnloadingError("the model is being unloaded; try again in a moment")
             if self.waiting >= self._max_waiting:
                 raise BusyError(f"{self.waiting} requests are waiting already; try again in a moment")
             self._inbox.append(request)
             self._wake.notify()
 
-    def cancel(self, request: Request) -> None:
-        """Stop a request at the next step. Safe from any thread, never waits."""
-        request.cancelled = True
+    @property
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return not self._inbox and self._engine.idle
 
-    def close(self, drain: bool) -> None:
-        """End the thread and wait for it; with `drain` the running replies are finished first."""
+    def close(self, drain: bool, reason: str | None = None) -> None:
+        """End the thread and wait for it; with `drain` the running replies are finished first.
+
+        `reason`: what those are told that are not finished. Calling again without `drain` ends a drain early.
+        """
         with self._wake:
             self._closing = True
             self._drain = drain
+            self._reason = reason or self._reason
             self._wake.notify()
         self._thread.join()
 
@@ -62,6 +68,6 @@ class Worker:
             for request in arrived:
                 self._engine.submit(request)
             if closing and (self._engine.idle or not drain):
-                self._engine.fail_all(NotReadyError("the model was unloaded before this reply was finished"))
+                self._engine.fail_all(NotReadyError(self._reason))
                 return
             self._engine.step()

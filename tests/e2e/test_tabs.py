@@ -7,7 +7,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-from backend.errors import CheckpointError, UserError
+from backend.errors import UserError
 from backend.params import KNOBS, GenerationParams
 from tests.e2e.conftest import Site, say, settled, tab, wait_for
 
@@ -139,28 +139,3 @@ def test_sampling_sets(knobs: Page, site: Site) -> None:
     expect(page.locator("#knob-temperature input[type=number]")).to_have_value("0.3")
     page.locator("#delete-set").click()
     wait_for(lambda: "Careful" not in site.service.sets)
-
-
-def test_preset_load_shows_progress_and_the_chat_goes_on(page: Page, site: Site) -> None:
-    say(page, "before")
-    page.locator("#chip .chip").click()
-    expect(page.locator("#preset-table tr.on")).to_contain_text("SmolLM2 135M, as shipped")
-    site.service.load_seconds = 1.5
-    page.get_by_role("button", name="Load SmolLM2 135M, bf16").click()
-    expect(page.locator("#preset-progress [role=progressbar]")).to_be_visible()
-    expect(page.locator("#preset-progress")).to_contain_text(re.compile(r"Loading starter-bf16, \d0%"))
-    expect(page.locator("#preset-table tr.on")).to_contain_text("SmolLM2 135M, bf16")
-    expect(page.locator("#preset-progress [role=progressbar]")).to_have_count(0)
-    expect(page.locator("#chip")).to_contain_text("SmolLM2 135M, bf16")
-    tab(page, "Chat")
-    say(page, "after")
-    assert len(site.service.asked[-1]) == 3  # type: ignore[arg-type]
-
-
-def test_failed_load_says_why_and_the_earlier_preset_stays(page: Page, site: Site) -> None:
-    tab(page, "Presets")
-    site.service.fail_load = CheckpointError("model.safetensors ends at byte 1,000, expected 2,000")
-    page.get_by_role("button", name="Load SmolLM2 135M, f32").click()
-    expect(page.locator("#preset-notice [role=alert]")).to_contain_text("model.safetensors ends at byte 1,000")
-    expect(page.locator("#preset-table tr.on")).to_contain_text("SmolLM2 135M, as shipped")
-    expect(page.locator("#chip")).to_contain_text("SmolLM2 135M, as shipped")
