@@ -126,12 +126,12 @@ class _Bench:
     def _remember_replies(self) -> None:
         chat = self.service.chat
 
-        def remembered(messages: Sequence[Message], params: GenerationParams) -> Generation:
-            generation = chat(messages, params)
+        def remembered(messages: Sequence[Message], params: GenerationParams, **options: Any) -> Generation:
+            generation = chat(messages, params, **options)
             self.replies.append(generation)
             return generation
 
-        self.service.chat = remembered  # type: ignore[method-assign]
+        self.service.chat = remembered  # type: ignore[assignment, method-assign]
 
 
 def _messages(turns: int) -> list[Message]:

@@ -21,25 +21,32 @@ FILES = sorted([*ROOT.glob("backend/**/*.py"), *ROOT.glob("ui/**/*.py"), ROOT / 
 MAX_LINES = 400
 
 LEVEL_0 = (
-    "backend.params", "backend.events", "backend.errors", "backend.settings", "backend.text.messages",
-    "backend.model.config", "backend.weights.blocks", "backend.tokenizer.source",
+    "backend.params", "backend.knobs", "backend.events", "backend.errors", "backend.settings", "backend.text.messages",
+    "backend.model.config", "backend.model.shapes", "backend.weights.blocks", "backend.weights.tiles",
+    "backend.tokenizer.source", "backend.units",
 )  # fmt: skip
 NO_TORCH = (
     *LEVEL_0, "backend.text", "backend.tokenizer", "backend.presets", "backend.models", "backend.store",
     "backend.cache.blocks", "backend.engine.request", "backend.engine.scheduler", "backend.placement.plan",
-    "backend.generation", "backend.prompting", "backend.hub", "backend.hub_download",
+    "backend.generation", "backend.prompting", "backend.hub", "backend.hub_download", "backend.strictyaml",
+    "backend.placement.parts", "backend.placement.sizes", "backend.placement.machine", "backend.placement.speed",
+    "backend.placement.budget", "backend.placement.arrange",
 )  # fmt: skip
 LEVEL_1 = (*NO_TORCH, "backend.model", "backend.weights", "backend.kernels", "backend.checkpoint", "backend.sampling",
-           "backend.cache")  # fmt: skip
+           "backend.cache", "backend.memory")  # fmt: skip
 LEVEL_2 = (*LEVEL_1, "backend.placement", "backend.engine", "backend.convert", "backend.remote")
-LEVEL_3 = (*LEVEL_2, "backend.prompting", "backend.runtime", "backend.service")
+LEVEL_3 = (*LEVEL_2, "backend.prompting", "backend.runtime", "backend.waiting", "backend.switch", "backend.service")
+
+# The planner's own files: pure, from headers and measured rates to a plan.
+PLANNING = tuple(f"backend.placement.{name}" for name in ("parts", "sizes", "machine", "speed", "budget", "arrange"))
 
 # room -> what of ours it may import besides itself; the longest name that fits counts
 ROOMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LEVEL_0, LEVEL_0),
     "backend.text": LEVEL_0,
     "backend.tokenizer": LEVEL_0,
-    "backend.presets": LEVEL_0,
+    "backend.strictyaml": LEVEL_0,
+    "backend.presets": (*LEVEL_0, "backend.strictyaml"),
     "backend.models": (*LEVEL_0, "backend.hub", "backend.hub_download"),
     "backend.hub": LEVEL_0,
     "backend.hub_download": (*LEVEL_0, "backend.hub"),
@@ -50,7 +57,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "backend.cache": LEVEL_0,
     "backend.engine.request": (*LEVEL_0, "backend.cache.blocks"),
     "backend.engine.scheduler": (*LEVEL_0, "backend.cache.blocks", "backend.engine.request"),
-    "backend.placement.plan": (*LEVEL_0, "backend.presets"),
+    "backend.placement.parts": LEVEL_0,
+    "backend.placement.machine": LEVEL_0,
+    "backend.placement.sizes": (*LEVEL_0, "backend.placement.parts", "backend.kernels.cpu.build"),
+    "backend.placement.speed": (*LEVEL_0, "backend.placement.parts", "backend.placement.machine"),
+    "backend.placement.arrange": (*LEVEL_0, *PLANNING),
+    "backend.placement.budget": (*LEVEL_0, *PLANNING),
+    "backend.placement.plan": (*LEVEL_0, "backend.presets", *PLANNING),
+    "backend.memory": LEVEL_0,
     "backend.model": LEVEL_0,
     "backend.kernels": LEVEL_0,
     "backend.weights": (*LEVEL_0, "backend.kernels"),
@@ -60,8 +74,26 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "backend.engine": LEVEL_1,
     "backend.convert": LEVEL_1,
     "backend.remote": LEVEL_1,
-    "backend.runtime": (*LEVEL_2, "backend.prompting"),
-    "backend.service": (*LEVEL_2, "backend.runtime"),
+    "backend.calibration": LEVEL_2,
+    "backend.headers": LEVEL_1,
+    "backend.runtime": (*LEVEL_2, "backend.prompting", "backend.room"),
+    "backend.turns": LEVEL_0,
+    "backend.room": (*LEVEL_0, "backend.placement.plan", "backend.placement.machine"),
+    "backend.waiting": (*LEVEL_0, "backend.generation", "backend.runtime"),
+    "backend.switch": (*LEVEL_2, "backend.turns", "backend.room", "backend.runtime", "backend.waiting"),
+    "backend.catalog": (*LEVEL_2, "backend.room", "backend.headers"),
+    "backend.quality": (*LEVEL_2, "backend.runtime"),
+    "backend.service": (
+        *LEVEL_2,
+        "backend.runtime",
+        "backend.switch",
+        "backend.waiting",
+        "backend.catalog",
+        "backend.room",
+        "backend.turns",
+        "backend.calibration",
+        "backend.headers",
+    ),
     "backend.api": (*LEVEL_0, "backend.service", "backend.generation"),
     "ui": (*LEVEL_0, "backend.generation"),
     "backend.commands": ("backend", "ui"),

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from backend.kernels.cpu.plain import plain
 from backend.kernels.cuda import products
 from backend.weights.blocks import BlockFormat
 from backend.weights.decode import dequantize
@@ -43,7 +44,8 @@ class Linear(Protocol):
 
 
 class PlainLinear:
-    """A dense matrix in float32, bfloat16 or float16; the multiplication runs in that type."""
+    """A dense matrix in float32, bfloat16 or float16; the multiplication runs in that type, or in float32 for few tokens
+    on the CPU."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight.contiguous()  # (out, in)
@@ -51,6 +53,8 @@ class PlainLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_cuda and (y := products.rows(x, self.weight)) is not None:
+            return y
+        if x.is_cpu and (y := plain(x, self.weight)) is not None:
             return y
         return F.linear(x.to(self.weight.dtype), self.weight).float()
 
