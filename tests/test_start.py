@@ -107,5 +107,5 @@ def test_list_presets():
     done = subprocess.run(
         [sys.executable, "webui.py", "--list-presets"], cwd=PROJECT, capture_output=True, text=True, check=True
     )
-    assert [line.split()[0] for line in done.stdout.splitlines()][:1] == ["starter"]
+    assert [line.split()[0] for line in done.stdout.splitlines()][:2] == ["auto", "starter"]
     assert Path(PROJECT / "presets" / "starter.yaml").exists()

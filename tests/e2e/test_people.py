@@ -82,10 +82,11 @@ async def leave(url: str, people: int) -> None:
 
         send = number("send", "click")
         values = {part["id"]: part["props"].get("value") for part in config["components"]}
+        values = {id: "" if value is None else value for id, value in values.items()}
 
         async def one(person: int) -> None:
             session = f"leaver{person}-{time.monotonic()}"
-            data = [f"question {person}" if i == ids["box"] else values.get(i) or "" for i in send["inputs"]]
+            data = [f"question {person}" if i == ids["box"] else values.get(i, "") for i in send["inputs"]]
             stream = next(d for d in config["dependencies"] if d.get("trigger_after") == send["id"])
             for event, inputs in ((send, data), (stream, [])):
                 body = {"data": inputs, "fn_index": event["id"], "session_hash": session, "event_data": None}
