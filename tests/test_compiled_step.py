@@ -18,6 +18,7 @@ from backend.engine.compiled import CompiledStep, Tokens
 from backend.kernels.cpu import build, steps
 from backend.model.attention import attention, attention_twin
 from backend.model.llama import Llama
+from backend.placement.budget import CHUNK_TOKENS, workspace_bytes
 from backend.placement.load import load_model
 from backend.weights.linear import BiasedLinear, PlainLinear
 from tests.forward import float64_logits
@@ -30,6 +31,7 @@ MODELS: dict[str, dict[str, object]] = {
     "untied": {"weights": "Q4_0", "tied": False},
     "several formats in one product": {"weights": "Q4_0", "formats": {"blk.0.attn_v.weight": "Q8_0"}},
     "grouped heads of an odd size": {"weights": "Q8_0", "n_heads": 6, "n_kv_heads": 2, "head_dim": 48, "dim": 96},
+    "tiles with a plain output": {"weights": "Q8_0", "tied": False, "formats": {"output.weight": "BF16"}},
     "every head its own keys": {"weights": "Q8_0", "n_heads": 2, "n_kv_heads": 2, "head_dim": 128, "dim": 160},
 }
 
@@ -67,7 +69,8 @@ def test_it_computes_what_the_model_says(tiny_path: Callable[..., Path], options
     ids = [(7 * n) % 250 for n in range(70)]
     found = compiled.run(ids, [Tokens(0, 70, 0, [5, 2, 9])], range(70), threads=2)
     # The same rounding of activations: what is left is the order of sums, and now and then a code that it tips over.
-    assert distance(found, by_torch(model, ids)) < 0.0005
+    # Torch's products of 16-bit numbers round activations to them.
+    assert distance(found, by_torch(model, ids)) < (0.02 if "F16" in str(options) else 0.0005)
     # Decoded weights and no rounding at all.
     checkpoint = open_checkpoint(path)
     values = {name: checkpoint.read(name).float32() for name in checkpoint.tensors}
@@ -131,6 +134,15 @@ def test_it_says_where_it_does_not_apply(tiny_path: Callable[..., Path]) -> None
     few = compiled.workspace_bytes()
     compiled.run([1] * 64, [Tokens(0, 64, 0, [0, 1])], [0], 1)
     assert compiled.workspace_bytes() > few > 0
+
+
+@pytest.mark.parametrize("start", [0, 900])
+def test_its_workspace_is_in_the_plan(tiny_path: Callable[..., Path], start: int) -> None:
+    shape = {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "ffn_dim": 512, "context": 2048}
+    model, pool, compiled = loaded(tiny_path(weights="Q8_0", **shape), blocks=40)
+    compiled.run([1] * CHUNK_TOKENS, [Tokens(0, CHUNK_TOKENS, start, range(40))], [CHUNK_TOKENS - 1], 2)
+    beside = 4 * CHUNK_TOKENS * (model.config.dim + model.config.head_dim)  # the residual stream and rope's turns
+    assert compiled.workspace_bytes() + beside <= workspace_bytes(model.config)
 
 
 # attention by itself -----------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
-"""A whole step in one call of compiled C, for a model whose products are all in tiles and on the CPU.
+"""A whole step in one call of compiled C, for a model on the CPU whose products are in tiles.
 
 The slow twin is `Llama.forward` with `attention`: the same formulas, one torch operation after the other. A small model
 spends more time between torch's operations than in them; here nothing stands between. A token's numbers do not depend
 on the other tokens of the step, on how a prompt is cut into steps, or on the number of threads.
+
+The output may be plain 16-bit numbers. Layers of plain numbers go through torch: there, what is streamed and what is
+resident must give the same bits, and many tokens at once are torch's strength.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import torch
 from backend.cache.kv import KVPool
 from backend.engine.threads import AllThreads
 from backend.kernels.cpu import steps
+from backend.kernels.cpu.plain import KINDS
 from backend.model.llama import Llama, Multiply
-from backend.weights.linear import BiasedLinear, SplitLinear
+from backend.weights.linear import BiasedLinear, PlainLinear, SplitLinear
 from backend.weights.tiled import TiledLinear
 
 
@@ -79,12 +83,12 @@ class CompiledStep:
             return None
         layers = (steps.LayerWeights * config.n_layers)()
         for at, layer in enumerate(model.layers):
-            stacks = [_stack(product) for product in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
+            stacks = [_stack(product, plain=False) for product in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
             if None in stacks or not _plain(layer.attention_norm) or not _plain(layer.ffn_norm):
                 return None
             norms = layer.attention_norm.data_ptr(), layer.ffn_norm.data_ptr()
             layers[at] = steps.LayerWeights(*norms, *stacks)
-        output = _stack(model.output)
+        output = _stack(model.output, plain=True)
         return cls(model, pool, layers, output) if output is not None and _plain(model.norm) else None
 
     def run(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int], threads: int) -> torch.Tensor:
@@ -119,25 +123,32 @@ class CompiledStep:
             self._library.suri_workspace_free(self._workspace)
 
 
-def _stack(product: Multiply) -> steps.Stack | None:
-    """A product's tiles: of one weight, or of several side by side, with a bias or without. None: not all in tiles."""
+def _stack(product: Multiply, *, plain: bool) -> steps.Stack | None:
+    """One weight, or several side by side, with a bias or without. None: one of them is of another kind."""
     bias = None
     if isinstance(product, AllThreads):  # here every product has all threads
         product = product.multiply
     if isinstance(product, BiasedLinear):
         bias, product = product.bias, product.linear
     parts = product.parts if isinstance(product, SplitLinear) else [product]
-    tiled = [part for part in parts if isinstance(part, TiledLinear) and part.activations == steps.ACTIVATION_BITS]
-    if len(tiled) != len(parts) or len(parts) > steps.MAX_PARTS or (bias is not None and not _plain(bias)):
+    weights = [found for part in parts if (found := _weight(part, plain)) is not None]
+    if len(weights) != len(parts) or len(parts) > steps.MAX_PARTS or (bias is not None and not _plain(bias)):
         return None
-    weights = [steps.Weight(part.format.ggml_id, part.out_features, part.tiles.data_ptr()) for part in tiled]
     return steps.Stack(
-        count=len(tiled),
-        rows=sum(part.out_features for part in tiled),
-        columns=tiled[0].in_features,
+        count=len(weights),
+        rows=sum(weight.rows for weight in weights),
+        columns=parts[0].in_features,  # type: ignore[attr-defined]
         parts=(steps.Weight * steps.MAX_PARTS)(*weights),
         bias=None if bias is None else bias.data_ptr(),
     )
+
+
+def _weight(part: Multiply, plain: bool) -> steps.Weight | None:
+    if isinstance(part, TiledLinear) and part.activations == steps.ACTIVATION_BITS:
+        return steps.Weight(part.format.ggml_id, part.out_features, part.tiles.data_ptr())
+    if plain and isinstance(part, PlainLinear) and part.weight.is_cpu and part.weight.dtype in KINDS:
+        return steps.Weight(steps.PLAIN + KINDS[part.weight.dtype], part.out_features, part.weight.data_ptr())
+    return None
 
 
 def _plain(vector: torch.Tensor) -> bool:

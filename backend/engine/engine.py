@@ -12,7 +12,7 @@ import torch
 from backend.cache.blocks import BlockPool
 from backend.engine.request import Request
 from backend.engine.runner import Runner
-from backend.engine.scheduler import Scheduler, Work
+from backend.engine.scheduler import PREFILL_TOKENS, Scheduler, Work
 from backend.engine.shortage import run_step
 from backend.errors import EngineError, NumericalError, UserError
 from backend.events import FinishReason
@@ -44,9 +44,16 @@ class _Drawing:
 class Engine:
     """Continues every submitted request, one step at a time."""
 
-    def __init__(self, runner: Runner, blocks: BlockPool, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        blocks: BlockPool,
+        sleep: Callable[[float], None] = time.sleep,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        """`prefill_tokens`: of prompts in one step."""
         self.runner, self.blocks, self._sleep = runner, blocks, sleep
-        self.scheduler = Scheduler(blocks)
+        self.scheduler = Scheduler(blocks, prefill_tokens)
         self._drawing: dict[Request, _Drawing] = {}
 
     @property

@@ -38,6 +38,11 @@ class Runner:
         self.tokens_evaluated = 0  # all tokens that ever went through the model
         self.steps = 0
 
+    @property
+    def in_one_call(self) -> bool:
+        """Whether a step is one compiled call."""
+        return self._compiled is not None
+
     def copy_blocks(self, orders: Sequence[BlockCopy]) -> None:
         for order in orders:
             self.pool.copy(order)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from backend.cache.blocks import BlockCopy, BlockPool, Lease
 from backend.engine.request import Request
 
-PREFILL_TOKENS = 128  # in one step, all sequences together; a step this long is what Stop may have to wait for
+PREFILL_TOKENS = 128  # of prompts in one step, all sequences together; so long is what Stop may have to wait for
 MAX_RUNNING = 16
 
 
@@ -31,8 +31,9 @@ class Work:
 
 
 class Scheduler:
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
+    def __init__(self, pool: BlockPool, prefill_tokens: int = PREFILL_TOKENS) -> None:
+        """`prefill_tokens`: of prompts in one step; more where a step brings weights from elsewhere, however short."""
+        self._pool, self._prefill_tokens = pool, prefill_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.copies: list[BlockCopy] = []  # to be carried out before the next step's work
@@ -44,7 +45,7 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """Admit who fits and divide the step. Only requests whose blocks are reserved are in the result."""
         self._admit()
-        budget = PREFILL_TOKENS
+        budget = self._prefill_tokens
         work: list[Work] = []
         for request in list(self.running):
             if request not in self.running:  # gave its blocks to an older one a moment ago
@@ -89,7 +90,7 @@ class Scheduler:
             lease = self._pool.acquire(request.ids if request.use_cache else request.ids[:1])
             if lease is None:
                 return
-            needed = min(len(request.ids), lease.cached + PREFILL_TOKENS)
+            needed = min(len(request.ids), lease.cached + self._prefill_tokens)
             if not self._pool.extend(lease, needed):
                 # A pending copy was never carried out, so then only the shared blocks are what they say.
                 self._pool.release(lease, request.ids[: lease.cached] if lease.copy is None else ())

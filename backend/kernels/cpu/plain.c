@@ -3,18 +3,19 @@
  * With one token torch's own product of bfloat16 reads memory at half its speed or less, and rounds the activations. A
  * row's result is the same whoever computes it, and however many tokens there are.
  */
-#include "pool.h"
+#include "plain.h"
+
 #include "wide.h"
 
 enum { TOKENS = 4, ROWS = 4, STEP = 2 * LANES, AHEAD = 1024 /* elements */, PIECE = 1 << 16 /* bytes */ };
-enum kind { BF16 = 1, F16 = 2 };
 
 struct job {
     enum kind kind;
     const float *x; /* (tokens, columns) */
     int64_t tokens, columns, rows;
     const uint16_t *weights; /* (rows, columns) */
-    float *y;                /* (tokens, rows) */
+    float *y;                /* (tokens, rows), each token's `stride` values after the last one's */
+    int64_t stride;
 };
 
 INLINE floats widened(enum kind kind, const uint16_t *from) {
@@ -50,7 +51,7 @@ INLINE void block(enum kind kind, int tokens, int rows, const struct job *j, int
             float sum = sum_of(even[n][i] + odd[n][i]);
             for (int64_t rest = k; rest < columns; rest++)
                 sum += x[n * columns + rest] * one_of(kind, weights[i * columns + rest]);
-            j->y[(t + n) * j->rows + r + i] = sum;
+            j->y[(t + n) * j->stride + r + i] = sum;
         }
 }
 
@@ -73,12 +74,10 @@ static void bf16_part(const void *argument, int64_t first, int64_t last) { part(
 
 static void f16_part(const void *argument, int64_t first, int64_t last) { part(F16, argument, first, last); }
 
-typedef void parallel(int threads, int64_t count, int64_t chunk, suri_work work, const void *argument);
-
 /* y = x W^T. x float32 (tokens, columns), weights (rows, columns) of `kind`, y float32 (tokens, rows). */
 void suri_plain(int kind, const float *x, int64_t tokens, int64_t columns, const uint16_t *weights, int64_t rows,
-                float *y, parallel *on_pool, int threads) {
-    struct job job = {(enum kind)kind, x, tokens, columns, rows, weights, y};
+                float *y, int64_t stride, suri_parallel_for *on_pool, int threads) {
+    struct job job = {(enum kind)kind, x, tokens, columns, rows, weights, y, stride};
     int64_t chunk = PIECE / (2 * columns) / ROWS * ROWS;
     on_pool(threads, rows, chunk > ROWS ? chunk : ROWS, kind == BF16 ? bf16_part : f16_part, &job);
 }

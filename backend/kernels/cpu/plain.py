@@ -24,7 +24,7 @@ def _functions() -> tuple[ctypes.CDLL, int] | None:
     if products is None or compiled is None:
         return None
     compiled.suri_plain.argtypes = (
-        _INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT
+        _INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _INT
     )  # fmt: skip
     compiled.suri_plain.restype = None
     return compiled, ctypes.cast(products.suri_parallel, _POINTER).value or 0
@@ -43,7 +43,8 @@ def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     x = x.float().contiguous()
     (tokens, columns), rows = x.shape, weight.shape[0]
     y = torch.empty(tokens, rows)
+    threads = torch.get_num_threads()
     compiled.suri_plain(
-        kind, x.data_ptr(), tokens, columns, weight.data_ptr(), rows, y.data_ptr(), on_pool, torch.get_num_threads()
+        kind, x.data_ptr(), tokens, columns, weight.data_ptr(), rows, y.data_ptr(), rows, on_pool, threads
     )
     return y

@@ -39,6 +39,7 @@ struct run {
     struct suri_input input; /* of the product that comes next */
     const float *norm;       /* of the norm that comes next, or 0 where the input is `mixed` as it is */
     const int64_t *row;      /* which tokens the norm is for; 0: all */
+    int rounded;             /* the product that comes next has tiles, so its input is rounded */
     int add;                 /* what the last product gave belongs to the residual stream */
     float *heads;            /* (tokens, heads + 2 kv_heads, head_dim): queries, keys, values */
     float *mixed;            /* (tokens, heads * head_dim) */
@@ -73,12 +74,12 @@ static void norm_tokens(const void *argument, int64_t first, int64_t last) {
         float scale = 1.0f / sqrtf((sum_of(squares) + rest) / (float)dim + (float)run->model->norm_eps);
         for (d = 0; d < dim; d++) to[d] = x[d] * scale * run->norm[d];
     }
-    run->model->tools.quantise(run->normed, &run->input, first, last);
+    if (run->rounded) run->model->tools.quantise(run->normed, &run->input, first, last);
 }
 
 static void quantise_mixed(const void *argument, int64_t first, int64_t last) {
     const struct run *run = argument;
-    run->model->tools.quantise(run->mixed, &run->input, first, last);
+    if (run->rounded) run->model->tools.quantise(run->mixed, &run->input, first, last);
 }
 
 /* Queries and keys turned by their positions (Su et al. 2021, arXiv:2104.09864), queries scaled for the softmax. */
@@ -146,17 +147,25 @@ static void gate_tokens(const void *argument, int64_t first, int64_t last) {
         }
         for (; d < size; d++) to[d] = gate[d] / (exponential_of(-gate[d]) + 1.0f) * up[d];
     }
-    run->model->tools.quantise(run->mixed, &run->input, first, last);
+    if (run->rounded) run->model->tools.quantise(run->mixed, &run->input, first, last);
 }
 
-static void multiply(const struct run *run, const struct suri_stack *stack, int64_t tokens, float *out) {
+/* Through the rounded input for tiles, through x, (tokens, columns), for plain numbers. */
+static void multiply(const struct run *run, const struct suri_stack *stack, const float *x, int64_t tokens,
+                     float *out) {
+    const struct suri_tools *tools = &run->model->tools;
     int64_t row = 0;
     for (int64_t n = 0; n < stack->count; n++) {
         const struct suri_weight *part = &stack->parts[n];
-        const struct suri_product product = {
-            (int)part->format, part->rows, stack->columns, part->tiles, &run->input, out + row, stack->rows,
-        };
-        run->model->tools.product_of(&product, run->threads);
+        if (part->format >= PLAIN) {
+            suri_plain((int)part->format - PLAIN, x, tokens, stack->columns, part->numbers, part->rows, out + row,
+                       stack->rows, tools->parallel, run->threads);
+        } else {
+            const struct suri_product product = {
+                (int)part->format, part->rows, stack->columns, part->numbers, &run->input, out + row, stack->rows,
+            };
+            tools->product_of(&product, run->threads);
+        }
         row += part->rows;
     }
     if (stack->bias)
@@ -166,7 +175,10 @@ static void multiply(const struct run *run, const struct suri_stack *stack, int6
 
 /* the step --------------------------------------------------------------------------------------------------------- */
 
-static void run_phase(struct run *run, suri_work phase, int64_t tokens, int64_t columns, void *memory) {
+static void run_phase(struct run *run, suri_work phase, int64_t tokens, const struct suri_stack *next, void *memory) {
+    int64_t columns = next->columns;
+    run->rounded = 0;
+    for (int64_t n = 0; n < next->count; n++) run->rounded |= next->parts[n].format < PLAIN;
     run->input = run->model->tools.input_in(memory, tokens, columns, FINE);
     run->model->tools.parallel(run->threads, tokens, TOKENS_AT_ONCE, phase, run);
 }
@@ -176,20 +188,20 @@ static void run_layer(struct run *run, void *memory) {
     const struct suri_layer *layer = &m->layer[run->number];
     int64_t tokens = run->step->tokens;
     run->norm = layer->attention_norm;
-    run_phase(run, norm_tokens, tokens, m->dim, memory);
-    multiply(run, &layer->qkv, tokens, run->heads);
+    run_phase(run, norm_tokens, tokens, &layer->qkv, memory);
+    multiply(run, &layer->qkv, run->normed, tokens, run->heads);
     m->tools.parallel(run->threads, tokens, TOKENS_AT_ONCE, place_tokens, run);
     run->attention.keys = (const char *)m->keys + run->number * m->layer_bytes;
     run->attention.values = (const char *)m->values + run->number * m->layer_bytes;
     attend(&run->attention, m->tools.parallel, run->threads);
-    run_phase(run, quantise_mixed, tokens, m->heads * m->head_dim, memory);
-    multiply(run, &layer->o, tokens, run->change);
+    run_phase(run, quantise_mixed, tokens, &layer->o, memory);
+    multiply(run, &layer->o, run->mixed, tokens, run->change);
     run->add = 1;
     run->norm = layer->ffn_norm;
-    run_phase(run, norm_tokens, tokens, m->dim, memory);
-    multiply(run, &layer->gate_up, tokens, run->gates);
-    run_phase(run, gate_tokens, tokens, m->ffn_dim, memory);
-    multiply(run, &layer->down, tokens, run->change);
+    run_phase(run, norm_tokens, tokens, &layer->gate_up, memory);
+    multiply(run, &layer->gate_up, run->normed, tokens, run->gates);
+    run_phase(run, gate_tokens, tokens, &layer->down, memory);
+    multiply(run, &layer->down, run->mixed, tokens, run->change);
 }
 
 /* Room for all arrays of a step, one after the other, each at a multiple of 64 bytes. */
@@ -228,7 +240,7 @@ int suri_run_step(const struct suri_model *m, const struct suri_step *step, stru
     for (run.number = 0; run.number < m->layers; run.number++) run_layer(&run, at[5]);
     run.norm = m->norm;
     run.row = step->row;
-    run_phase(&run, norm_tokens, step->rows, m->dim, at[5]);
-    multiply(&run, &m->output, step->rows, step->logits);
+    run_phase(&run, norm_tokens, step->rows, &m->output, at[5]);
+    multiply(&run, &m->output, run.normed, step->rows, step->logits);
     return 0;
 }

@@ -7,14 +7,14 @@
 #define SURI_STEP_H
 #include <stdint.h>
 
-#include "pool.h"
+#include "plain.h"
 #include "product.h"
 
-enum { MAX_PARTS = 3 };
+enum { MAX_PARTS = 3, PLAIN = 2000 /* and a kind of plain.h: formats that are no tiles */ };
 
 /* What this library uses of the other one (pool.c, product.c), which the process has only once. */
 struct suri_tools {
-    void (*parallel)(int threads, int64_t count, int64_t chunk, suri_work work, const void *argument);
+    suri_parallel_for *parallel;
     void (*quantise)(const float *x, const struct suri_input *input, int64_t first, int64_t last);
     void (*product_of)(const struct suri_product *product, int threads);
     int64_t (*input_bytes)(int64_t tokens, int64_t columns, int fine);
@@ -23,8 +23,8 @@ struct suri_tools {
 
 /* Weights that read the same input, one above the other. */
 struct suri_weight {
-    int64_t format, rows; /* format: of formats.h */
-    const uint8_t *tiles;
+    int64_t format, rows; /* format: of formats.h, or PLAIN + kind */
+    const void *numbers;  /* tiles, or (rows, columns) */
 };
 
 struct suri_stack {

@@ -13,6 +13,7 @@ from backend.kernels.cpu.products import tiles_library
 MAX_PARTS, MAX_HEAD, MAX_ROWS, BLOCK_TOKENS = 3, 256, 32, 32  # as in step.h and attend.h
 ACTIVATION_BITS = 15  # FINE in step.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of the cache
+PLAIN = 2000  # and a kind of plain.py: formats of weights that are no tiles
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 _TOOLS = ("suri_parallel", "suri_quantise", "suri_product_of", "suri_input_bytes", "suri_input_in")
@@ -23,7 +24,7 @@ class Tools(ctypes.Structure):
 
 
 class Weight(ctypes.Structure):
-    _fields_ = [("format", _INT), ("rows", _INT), ("tiles", _ADDRESS)]
+    _fields_ = [("format", _INT), ("rows", _INT), ("numbers", _ADDRESS)]
 
 
 class Stack(ctypes.Structure):
