@@ -120,6 +120,8 @@ def _load(service: Service, prepared: Prepared) -> None:
         bar.close()
         print(f"suri: {error.message}", file=sys.stderr)
         return
+    finally:
+        service.measure_speeds()
     bar.close()
     print(f"{service.status().title} is ready.", flush=True)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from backend.commands import bench, convert, generate, inspect, recover, verify
+from backend.commands import bench, convert, generate, inspect, perplexity, plan, recover, verify
 from backend.commands.terminal import run_command
 
 COMMANDS = {
     "generate": generate,
     "inspect": inspect,
+    "plan": plan,
     "bench": bench,
+    "perplexity": perplexity,
     "convert": convert,
     "recover": recover,
     "verify": verify,

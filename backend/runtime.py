@@ -107,7 +107,7 @@ class Runtime:
         whole = all(part.place == "resident" for part in self.plan.parts)
         model = threads.fitted(loaded.model, loaded.output_bytes)
         self.runner = Runner(model, self._kv, threads, graphs=whole)
-        self.worker = Worker(Engine(self.runner, self.blocks), max_waiting)
+        self.worker = Worker(Engine(self.runner, self.blocks, prefill_tokens=self.plan.chunk_tokens), max_waiting)
         self._warm_up()
 
     @property

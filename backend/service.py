@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
-import torch
 
-from backend.calibration import this_machine
 from backend.catalog import Catalog
 from backend.checkpoint.lora import parse_adapter
 from backend.events import LoadProgress, Measured, PresetInfo, Status
@@ -21,6 +19,7 @@ from backend.presets import Preset, PresetFolder
 from backend.room import Held
 from backend.runtime import Prepared, Runtime
 from backend.settings import PROJECT, Settings
+from backend.speeds import Speeds
 from backend.store.measurements import Measurements
 from backend.store.measurements import this_machine as measured_here
 from backend.store.sampling_sets import SamplingSets
@@ -28,15 +27,6 @@ from backend.switch import Switch
 from backend.text.messages import Message
 
 Progress = Callable[[LoadProgress], None]
-
-
-def memory_of_this_machine() -> Machine:
-    """What a load has to know. Speeds, which take seconds to measure the first time, matter only where there is a
-    choice between devices."""
-    if torch.cuda.is_available() or torch.backends.mps.is_available():
-        return this_machine()
-    memory = psutil.virtual_memory()
-    return Machine(ram_total=memory.total, ram_free=memory.available, process_bytes=psutil.Process().memory_info().rss)
 
 
 class Service:
@@ -47,24 +37,32 @@ class Service:
     ) -> None:
         """`machine`: what is planned for, as it is now; by default the one this runs on."""
         self.settings = settings
-        self._machine = machine or this_machine
+        self._speeds = Speeds(self._is_busy)
+        self._machine = machine or self._speeds.now
         self._presets = PresetFolder(settings.presets_dir)
         self._models = models or ModelFolder(settings.models_dir)
         self._catalog = Catalog(self._presets, self._models, self.measurements)
         self._measured = Measurements(settings.data_dir / "measurements.json")
         self._sets = SamplingSets(settings.data_dir / "sampling_sets.json")
         self._switch = Switch(
-            settings.max_waiting, settings.drain_seconds, machine or memory_of_this_machine, self._catalog.suggest
+            settings.max_waiting, settings.drain_seconds, machine or self._speeds.for_a_load, self._catalog.suggest
         )
         self._process = psutil.Process()
 
     # presets and loading ----------------------------------------------------------------------------------------------
 
     def presets(self) -> list[PresetInfo]:
-        """Every preset of the folder; one that cannot be read is a row that says why."""
+        """Every preset of the folder; one that cannot be read is a row that says why.
+
+        Answers at once: the first time on a machine, predicted speeds are None until they are measured.
+        """
         runtime = self._switch.runtime
         held = runtime.held() if runtime else Held()
         return self._catalog.rows(self._machine(), held, runtime.preset.name if runtime else None)
+
+    def measure_speeds(self) -> None:
+        """Begin to measure how fast this machine is, in the background; the first listing of presets does it too."""
+        self._speeds.start()
 
     def measurements(self) -> dict[str, Measured]:
         """What presets did on this machine when `bench` and `perplexity` ran, by name; the latest of each."""
@@ -196,6 +194,12 @@ class Service:
     def close(self) -> None:
         """Stop all replies and let the model go."""
         self._switch.close()
+        self._speeds.close()
+
+    def _is_busy(self) -> bool:
+        switch = self._switch
+        runtime = switch.runtime
+        return bool(switch.names) or (runtime is not None and runtime.worker.running + runtime.worker.waiting > 0)
 
     def _unless_loaded(self, preset: Preset, report: Progress) -> Prepared | None:
         """None where exactly this answers already: the same keys, and files that have not changed since."""

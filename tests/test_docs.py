@@ -13,14 +13,20 @@ import webui
 from backend.__main__ import COMMANDS
 from backend.checkpoint.hf_config import CLASSES, FAMILIES
 from backend.convert.mixes import MIXES, tensor_format
+from backend.headers import read_headers
 from backend.model.config import ModelConfig
+from backend.models import ModelFolder
 from backend.params import KNOBS
+from backend.placement.arrange import STAYS
+from backend.placement.parts import EMBEDDING, OUTPUT
+from backend.placement.plan import plan
 from backend.presets import _KEYS as PRESET_KEYS
-from backend.presets import OVERRIDES, PROMPT_FORMATS, PresetFolder
+from backend.presets import OVERRIDES, PLACEMENTS, PROMPT_FORMATS, RESIDENT, WEIGHTS, PresetFolder
 from backend.settings import PROJECT
 from backend.text.formats import FORMATS as PROMPTS
 from backend.weights.blocks import F64, FORMATS, BlockFormat
 from backend.weights.legacy import LEGACY
+from tests.test_plan import box
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 DOCS = {
@@ -46,12 +52,32 @@ def quoted(cell: str) -> list[str]:
 # README --------------------------------------------------------------------------------------------------------------
 
 
+BOUNDS = {
+    "strings": lambda knob: f"at most {knob.high:g} texts",
+    "names": lambda knob: "names of steps",
+    "text": lambda knob: f"at most {knob.high:,.15g} letters",
+    "ids": lambda knob: f"at most {knob.high:g} token ids",
+    "biases": lambda knob: f"token ids, each with {knob.low:g} to {knob.high:g}",
+    "bool": lambda knob: "yes or no",
+}
+
+
+def parameter_value(value) -> str:
+    if value in (None, (), ""):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ", ".join("line end" if text == "\n" else f"`{text}`" for text in value)
+    return f"{value:g}"
+
+
 def parameter_table() -> str:
     rows = ["| parameter | default | neutral | range | meaning |", "|---|---|---|---|---|"]
     for knob in KNOBS:
         bounds = f"{knob.low:g} to {knob.high:,.15g}" if knob.kind in ("int", "float") else "whole number, or empty"
-        bounds = f"at most {knob.high:g} texts" if knob.kind == "strings" else bounds
-        shown = ["none" if value in (None, ()) else f"{value:g}" for value in (knob.default, knob.neutral)]
+        bounds = BOUNDS[knob.kind](knob) if knob.kind in BOUNDS else bounds
+        shown = [parameter_value(value) for value in (knob.default, knob.neutral)]
         rows.append(f"| `{knob.name}` | {shown[0]} | {shown[1]} | {bounds} | {knob.help} |")
     return "\n".join(rows)
 
@@ -122,6 +148,45 @@ def test_overrides():
         name: f"{low:g} to {high:.8g}" for name, (low, high) in OVERRIDES.items()
     }
     assert set(quoted(DOCS["formats"].split("`overrides:` corrects it:")[1].split("\n\n")[0])) == set(OVERRIDES)
+
+
+def test_ways_to_keep_weights_and_places():
+    weights = rows(DOCS["presets"], "| value | bits | what it is |")
+    assert {name for row in weights for name in quoted(row[0])} == set(WEIGHTS)
+    places = rows(DOCS["presets"], "| value | what stays on the GPU | in the seed's table |")
+    assert [quoted(row[0])[0] for row in places if "{" not in row[0]] == [*PLACEMENTS[1:], "auto"]
+    said = quoted(next(row[1] for row in places if "{" in row[0]))
+    assert tuple(said) == RESIDENT
+    for row in places:
+        if quoted(row[0])[0] in ("offload-ff", "offload-attention"):
+            assert set(re.findall(r"w[qkvo123]", row[1])) == set(STAYS[quoted(row[0])[0]]) - {*EMBEDDING, *OUTPUT}
+
+
+def test_shipped_presets_are_listed():
+    table = rows(DOCS["presets"], "| shipped preset | use it |")
+    ladder = {name for name in PresetFolder(PROJECT / "presets").names() if name.endswith("gb")}
+    listed = {name for row in table for name in quoted(row[0])}
+    assert listed - ladder == set(PresetFolder(PROJECT / "presets").names()) - ladder
+
+
+def test_the_ladder_in_the_docs():
+    """Weights, context and the layers' share on the GPU are those of the plans."""
+    presets = PresetFolder(PROJECT / "presets")
+    table = rows(DOCS["presets"], "| GPU memory | `llama2-7b-...` | `llama2-13b-...` | `llama2-70b-...` |")
+    assert len(table) == 9
+    for row in table:
+        size = int(row[0].removesuffix(" GB"))
+        for model, said in zip(("7b", "13b", "70b"), row[1:]):
+            preset = presets.read(f"llama2-{model}-{size}gb")
+            headers = read_headers(preset, ModelFolder(PROJECT / "no such folder"), PROJECT / "no such folder")
+            found = plan(preset, headers.config, headers.tensors, box(42, 38, vram=size))
+            layers = [part for part in found.parts if part.names[0].startswith("layers.")]
+            on_gpu = sum(part.bytes for part in layers if part.place == "resident")
+            share = on_gpu / sum(part.bytes for part in layers)
+            words = re.fullmatch(r"([\w-]+), ([\d,]+): (\d+)%", said)
+            assert (words[1], int(words[2].replace(",", ""))) == (preset.weights, preset.context)
+            assert abs(int(words[3]) / 100 - share) < 0.02, (preset.name, share)
+            assert found.fits == "now"
 
 
 def test_names_of_prompt_formats():

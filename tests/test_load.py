@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from backend.cache.kv import KVPool
 from backend.checkpoint.open import open_checkpoint
+from backend.engine.runner import Runner
 from backend.model.config import ModelConfig
+from backend.placement.arrange import resident
 from backend.placement.load import load_model
-from backend.placement.plan import plan, weight_bytes
+from backend.placement.plan import BLOCK_TOKENS, plan, weight_bytes
+from backend.placement.sizes import products
+from backend.placement.speed import is_one_call
 from backend.presets import WEIGHTS, Preset
 
 # sizes ------------------------------------------------------------------------------------------------------------
@@ -41,6 +46,12 @@ def test_the_plan_knows_the_bytes_of_every_model(
         loaded = load_model(checkpoint, weights, "tiny")
         assert weight_bytes(weights, checkpoint.config, checkpoint.tensors) == loaded.weight_bytes
         assert held_bytes(loaded.model) == loaded.weight_bytes
+        # And whether a step of it is one compiled call, which its speed depends on.
+        placed = resident(products(weights, checkpoint.config, checkpoint.tensors))
+        assert (
+            is_one_call(placed)
+            == Runner(loaded.model, KVPool(checkpoint.config, 1, BLOCK_TOKENS, torch.float32)).in_one_call
+        )
 
 
 def held_bytes(model: object) -> int:

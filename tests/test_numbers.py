@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from backend.params import GenerationParams
+from backend.quality import ModelSource, score
 from backend.text.messages import Message
 from tests.oracle import reference_logits, reference_model
 from tests.real import all_logits, read, starter
@@ -138,3 +139,13 @@ def test_every_counter_of_memory_is_what_was_planned():
         assert runtime.kv_bytes == runtime.plan.kv_bytes
     assert starter("original").weight_bytes < 0.5 * starter("bf16").weight_bytes  # packed stays packed
     assert starter("bf16").weight_bytes * 2 == pytest.approx(starter("f32").weight_bytes, rel=0.001)
+
+
+def test_perplexity_in_f32_is_the_references():
+    """One window of 512 tokens, its second half scored."""
+    ids, expected = english()
+    found = score(ModelSource(starter("f32")), [ids[:512]], None)
+    actual = torch.tensor(ids[257:512])[:, None]
+    mean = -expected[256:511].double().gather(1, actual).mean()
+    assert found.tokens == 255
+    assert found.perplexity == pytest.approx(float(mean.exp()), rel=1e-4)

@@ -15,6 +15,7 @@ import torch
 from backend.checkpoint.base import Checkpoint
 from backend.checkpoint.open import open_checkpoint
 from backend.errors import CheckpointError, NotReadyError, OutOfMemoryError
+from backend.params import GenerationParams
 from backend.placement import load
 from backend.placement.hoststore import Block
 from backend.placement.load import load_model
@@ -22,6 +23,8 @@ from backend.placement.offload import Streamer
 from backend.placement.parts import RING_BUFFERS, placed_bytes, ring_bytes
 from backend.placement.places import HostEmbedding, HostLinear, OrderedLinear
 from backend.placement.slowstore import WholeFiles
+from backend.presets import Preset
+from backend.runtime import Prepared, Runtime
 from backend.weights.int8 import Int8Linear
 from backend.weights.linear import BiasedLinear, Linear, PlainEmbedding, PlainLinear, SplitLinear
 from backend.weights.lora import LoraLinear
@@ -397,6 +400,20 @@ def test_a_file_that_was_cut_off_is_noticed_before_it_is_read(tmp_path: Path) ->
     files.check()
     path.unlink()
     files.check()
+
+
+def test_a_long_prompt_brings_every_part_few_times(tmp_path: Path) -> None:
+    """600 tokens in steps of 512, each of which brings all parts once: not in steps of 128."""
+    file = write_tiny(tmp_path / "tiny.gguf", TinyModel(n_layers=2, context=1024))
+    runtime = Runtime(Prepared(Preset("p", str(file), device="cpu", placement="offload-all"), file), 4)
+    traffic, steps = runtime._loaded.streamer.traffic, runtime.runner.steps
+    streamed = sum(part.place == "streamed" for part in runtime.plan.parts)
+    before = traffic.fetched
+    reply = runtime.start([(7 * n) % 250 + 3 for n in range(600)], GenerationParams(max_tokens=1))
+    assert [chunk.error for chunk in reply][-1] is None
+    assert runtime.runner.steps - steps == 2
+    assert traffic.fetched - before == 2 * streamed == 2 * 8
+    runtime.close(drain=False)
 
 
 # the starter model -------------------------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ from backend.engine.threads import BYTES_PER_THREAD
 from backend.model.config import ModelConfig, tensor_shapes
 from backend.model.shapes import SHAPES
 from backend.placement import budget, speed
-from backend.placement.arrange import ATTENTION, FEED_FORWARD
+from backend.placement.arrange import ATTENTION, FEED_FORWARD, keeping
 from backend.placement.machine import Gpu, Machine, Rates
 from backend.placement.parts import EMBEDDING, OUTPUT, PRODUCTS, RING_BUFFERS, Product, Weight, ring_bytes
-from backend.placement.plan import Plan, plan
+from backend.placement.plan import Plan, plan, weight_bytes
+from backend.placement.sizes import products
 from backend.presets import PLACEMENTS, WEIGHTS, Preset
-from backend.weights.blocks import BF16, BlockFormat
+from backend.weights.blocks import BF16, Q4_1, BlockFormat
 
 GB = 10**9
 FORMS = ("bf16", "f16", "f32", "int8", "llm-int8", "int4", "nf4")
@@ -98,11 +99,13 @@ def test_exact_bytes_from_params_json_alone(tmp_path: Path, params: dict[str, ob
         found = plan(Preset("p", "m", weights=weights), config, infos(config))
         assert found.weight_bytes == each * (parameters - norms) + 4 * norms
         assert sum(part.bytes for part in found.parts) == each * (parameters - norms)
-    # 8 bits and a float32 for each row of the layers; embedding and output stay bfloat16.
+    # In tiles 8 bits and a float16 for each 32 columns of the layers, as rows 8 bits and a float32 for each row;
+    # embedding and output stay bfloat16.
     rows = config.n_layers * sum(tensor_shapes(config)[f"layers.0.{kind}"][0] for stack in PRODUCTS for kind in stack)
     tables = 2 * config.vocab_size * config.dim
-    found = plan(Preset("p", "m", weights="int8"), config, infos(config))
-    assert found.weight_bytes == (parameters - norms - tables) + 4 * rows + 2 * tables + 4 * norms
+    layers = parameters - norms - tables
+    for tiled, packed in ((True, layers * 34 // 32), (False, layers + 4 * rows)):
+        assert weight_bytes("int8", config, infos(config), tiled) == packed + 2 * tables + 4 * norms
 
 
 def test_the_same_from_config_json_alone(tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_the_same_from_config_json_alone(tmp_path: Path) -> None:
 
 def test_numbers_that_are_the_engines() -> None:
     """The planner imports nothing of the engine, so what it restates is held equal here."""
-    assert budget.CHUNK_TOKENS == PREFILL_TOKENS
+    assert budget.CHUNK_TOKENS == PREFILL_TOKENS == Plan.chunk_tokens
     assert speed.BYTES_PER_THREAD == BYTES_PER_THREAD
 
 
@@ -216,6 +219,66 @@ def test_a_small_model_is_bound_by_what_is_done_beside_products() -> None:
     assert found.bound_by == "cpu"
     assert found.tokens_per_second is not None
     assert found.tokens_per_second < 1 / (30 * 1e-3)
+
+
+def test_short_rows_cost_more_for_their_bytes() -> None:
+    rates = dataclasses.replace(CPU_ONLY.rates, row_seconds={"bf16": 1e-7})
+    config = SHAPES["smollm2-135m"]
+    rows = sum(shape[0] for name, shape in tensor_shapes(config).items() if len(shape) > 1)
+    before, after = (
+        1 / (made(machine, "smollm2-135m", weights="bf16").tokens_per_second or 0)
+        for machine in (CPU_ONLY, dataclasses.replace(CPU_ONLY, rates=rates, one_core=1.0))
+    )
+    assert after - before == pytest.approx(rows * 1e-7, rel=0.01)
+
+
+def test_a_step_in_one_call_costs_little_beside_its_products() -> None:
+    """Tiles, all threads, no operation of torch between; with one plain or streamed product it is as it was."""
+    config, tables = SHAPES["smollm2-135m"], (*EMBEDDING, *OUTPUT)
+    rates = dataclasses.replace(CPU_ONLY.rates, layer_seconds=1e-3)
+    machine = dataclasses.replace(CPU_ONLY, rates=rates, one_core=0.25, step_seconds=1e-5)
+    packed, plain = infos(config, Q4_1), infos(config, BF16)
+
+    def seconds(tensors: dict[str, TensorInfo], machine: Machine, stays: tuple[str, ...]) -> float:
+        placed = keeping(products("original", config, tensors, tiled=True), stays, gpu=False)
+        told = speed.step(placed, config.n_layers, machine, None)
+        assert told is not None
+        return told.seconds
+
+    everything = (*tables, *ATTENTION, *FEED_FORWARD)
+    read = sum(each.bytes for each in products("original", config, packed, tiled=True) if each.read) / (38 * GB)
+    assert seconds(packed, machine, everything) == pytest.approx(30 * 1e-5 + read, rel=0.01)
+    # One core for the layers, all for the output.
+    by_torch = seconds(packed, dataclasses.replace(machine, step_seconds=0.0), everything)
+    assert 30 * 1e-3 + read < by_torch < 30 * 1e-3 + 4 * read
+    mixed = packed | {"layers.3.w2": plain["layers.3.w2"]}
+    assert seconds(mixed, machine, everything) == pytest.approx(by_torch, rel=0.05)
+    assert seconds(packed, machine, (*tables, *ATTENTION)) > 30 * 1e-3
+
+
+@pytest.mark.parametrize("machine", [A, CPU_ONLY], ids=["gpu", "cpu"])
+def test_where_parts_are_streamed_a_step_takes_more_of_a_prompt(machine: Machine) -> None:
+    whole = made(machine, weights="bf16", context=512)
+    streamed = made(machine, weights="bf16", context=512, placement="offload-all")
+    assert (whole.chunk_tokens, streamed.chunk_tokens) == (budget.CHUNK_TOKENS, budget.STREAMED_CHUNK_TOKENS)
+
+    def beside(found: Plan) -> int:
+        size = found.vram_bytes or found.extra_ram_bytes - budget.host_bytes(SHAPE)
+        return size - found.placed("resident") - found.ring_bytes - found.kv_bytes
+
+    more = budget.workspace_bytes(SHAPE, 512) - budget.workspace_bytes(SHAPE, 128)
+    assert beside(streamed) - beside(whole) == more > 100_000_000
+    # A table that is only looked up in is no reason: its rows are read one by one.
+    table = made(machine, weights="bf16", context=512, placement=(*OUTPUT, *ATTENTION, *FEED_FORWARD))
+    assert table.chunk_tokens == budget.CHUNK_TOKENS
+
+
+def test_a_shorter_step_where_memory_is_short() -> None:
+    keys: dict[str, object] = {"weights": "bf16", "context": 512, "kv_tokens": 512, "placement": "offload-all"}
+    most = made(A, **keys)
+    less = made(A, **keys, vram=most.vram_bytes - 1)
+    more = budget.workspace_bytes(SHAPE, 512) - budget.workspace_bytes(SHAPE, 128)
+    assert (less.fits, less.chunk_tokens, less.vram_bytes) == ("now", 128, most.vram_bytes - more)
 
 
 # places ---------------------------------------------------------------------------------------------------------------

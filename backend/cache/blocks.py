@@ -71,7 +71,8 @@ class BlockPool:
     @property
     def in_use(self) -> int:
         """Blocks that some lease holds: everything that could not be had by evicting."""
-        return self.n_blocks - self.free - sum(1 for node in self._nodes.values() if self._unpinned(node))
+        # A copy, because status may be asked from another thread.
+        return self.n_blocks - self.free - sum(1 for node in list(self._nodes.values()) if self._unpinned(node))
 
     # a sequence's life ------------------------------------------------------------------------------------------------
 

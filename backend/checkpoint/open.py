@@ -1,4 +1,4 @@
-"""open_checkpoint(path): decides by what the bytes are, never by a file's name."""
+"""open_checkpoint(path): decides by what the bytes are, never by a file's name. A shape (`shape:...`) is no file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from backend.checkpoint.hf_config import hf_config
 from backend.checkpoint.meta import MetaCheckpoint
 from backend.checkpoint.metaparams import meta_config
 from backend.checkpoint.safetensors import is_safetensors
+from backend.checkpoint.synthetic import SyntheticCheckpoint
 from backend.errors import CheckpointError
 from backend.model.config import ModelConfig
+from backend.model.shapes import is_shape
 
 _ZIP = b"PK\x03\x04"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
@@ -29,6 +31,8 @@ KNOWN = (
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a model. Reads headers only; raises CheckpointError with one clear sentence."""
+    if is_shape(str(path)):
+        return SyntheticCheckpoint(path)
     try:
         return _open_folder(path) if path.is_dir() else _open_file(path)
     except FileNotFoundError as error:

@@ -1,6 +1,8 @@
 """python -m backend bench: decode and prefill speed, time to first token and peak memory of presets on this machine.
 
-Every preset runs in a process of its own, so that its peak memory is its own. Speeds are medians of repeated runs.
+With `--table` (and when a model or a shape is all that is given) the rows are ways to run that one model: those of the
+table this project grew out of (GPU, CPU, 8bit, Off_ALL, Off_FF, Off_ATT), then ours. Every row runs in a process of its
+own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -8,152 +10,123 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 import psutil
 import torch
 
-from backend.commands.choice import loaded_service
-from backend.errors import EngineError
-from backend.events import Stats
-from backend.params import GenerationParams
-from backend.runtime import Runtime, compute_threads
+from backend.commands.measuring import MODES, measure, missing_for
+from backend.commands.recorded import add_data_dir
+from backend.errors import EngineError, ParameterError
+from backend.model.shapes import PREFIX, parse_shape
+from backend.runtime import compute_threads
+from backend.store.measurements import processor
 
 HELP = "measure decode, prefill, time to first token and peak memory"
-SHORT_PROMPT, LONG_PROMPT, REPLY = 50, 320, 96  # tokens
+DEFAULT_PRESET = "starter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", nargs="+", default=["starter"], metavar="P", help="presets, one after the other")
+    parser.add_argument(
+        "--preset", nargs="+", metavar="P", help=f"presets, one after the other (default: {DEFAULT_PRESET})"
+    )
     parser.add_argument("--model", metavar="PATH", help="a model file to use in place of the presets'")
+    parser.add_argument(
+        "--shape",
+        metavar="NAME[:FORMAT]",
+        help="random weights of a known shape in place of a model, e.g. llama-2-7b or llama-2-7b:q4_0:layers=8",
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="all ways to run the model; the default with --model or --shape alone"
+    )
+    parser.add_argument("--modes", nargs="+", choices=MODES, metavar="M", help=f"rows of the table: {', '.join(MODES)}")
+    parser.add_argument("--vram", metavar="SIZE", help="budget on the GPU in the table, e.g. 10GiB")
     parser.add_argument("--runs", type=int, default=5, help="counted runs after one warm-up (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="begin no further run after this time (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
+    add_data_dir(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.runs < 1:
+        raise ParameterError(f"--runs is {arguments.runs}, expected 1 or more")
+    if arguments.shape is not None:
+        if arguments.model is not None:
+            raise ParameterError("--model and --shape are both a model; give one of them")
+        arguments.model = PREFIX + arguments.shape.removeprefix(PREFIX)
+        parse_shape(arguments.model)  # a wrong name should not cost a row for each mode
+    presets = arguments.preset or [DEFAULT_PRESET]
     if arguments.in_process:
-        print(json.dumps(measure(arguments)))
+        print(json.dumps(measure(presets[0], arguments)))
         return 0
-    results = [_in_child(name, arguments.model, arguments.runs) for name in arguments.preset]
+    if is_table(arguments):
+        results = [_in_child(arguments, presets[0], mode) for mode in arguments.modes or MODES]
+    else:
+        results = [_in_child(arguments, name, None) for name in presets]
     document = {"machine": machine(), "results": results}
-    if arguments.json:
-        print(json.dumps(document, indent=2))
-        return 0
-    print(f"{'preset':16} {'decode':>12} {'prefill':>12} {'first token':>12} {'peak memory':>12} {'of bandwidth':>13}")
-    for row in results:
-        decode, prefill = row["decode_tokens_per_second"], row["prefill_tokens_per_second"]
-        print(
-            f"{row['preset']:16} {decode:8.1f} t/s {prefill:8.0f} t/s {row['time_to_first_token_s']:10.3f} s "
-            f"{row['peak_ram_bytes'] / 1e6:9.0f} MB {row['read_bandwidth_fraction']:12.0%}"
-        )
+    print(json.dumps(document, indent=2) if arguments.json else shown(results))
+    failed = [row["error"] for row in results if row.get("error")]
+    if len(failed) == len(results) or (failed and not is_table(arguments)):
+        raise EngineError(failed[0])
     return 0
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Load and measure one preset, the first that is named, in this process."""
-    preset, runs = arguments.preset[0], arguments.runs
-    begin = time.monotonic()
-    service = loaded_service(argparse.Namespace(preset=preset, model=arguments.model, lora=[]))
-    load_seconds = time.monotonic() - begin
-    runtime = service.runtime()
-    decode: list[float] = []
-    first: list[float] = []
-    prefill: list[float] = []
-    for number in range(runs + 1):  # the first is the warm-up
-        stats = _one(runtime, SHORT_PROMPT, REPLY)
-        long = _one(runtime, LONG_PROMPT, 1)
-        if number:
-            decode.append(stats.tokens_per_second or 0.0)
-            first.append(stats.seconds_to_first_token or 0.0)
-            prefill.append(LONG_PROMPT / (long.seconds_to_first_token or float("inf")))
-    bandwidth = read_bandwidth()
-    speed = statistics.median(decode)
-    result = {
-        "preset": runtime.preset.name,
-        "mode": f"cpu {runtime.preset.weights}",
-        "model": runtime.name,
-        "decode_tokens_per_second": speed,
-        "decode_min_max": [min(decode), max(decode)],
-        "prefill_tokens_per_second": statistics.median(prefill),
-        "time_to_first_token_s": statistics.median(first),
-        "load_seconds": load_seconds,
-        "weight_bytes": runtime.weight_bytes,
-        "kv_bytes_reserved": runtime.kv_bytes,
-        "peak_ram_bytes": peak_memory(),
-        "peak_vram_bytes": 0,
-        "read_bandwidth_bytes_per_second": bandwidth,
-        "read_bandwidth_fraction": speed * runtime.bytes_per_token / bandwidth,
-        "runs": runs,
-    }
-    service.close()
-    return result
+def is_table(arguments: argparse.Namespace) -> bool:
+    """Whether rows are ways to run one model, not presets."""
+    return bool(arguments.table or arguments.modes or (arguments.model is not None and arguments.preset is None))
 
 
 def machine() -> dict[str, Any]:
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "threads": compute_threads(),
         "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
 
 
-def read_bandwidth(size: int = 1 << 28, repeats: int = 7) -> float:
-    """Bytes per second of summing a large array with the threads the engine uses: the best of several passes."""
-    data = torch.ones(size // 8, dtype=torch.int64)
-    best = float("inf")
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - begin)
-    return size / best
+def shown(results: list[dict[str, Any]]) -> str:
+    """The table for people: one row for each result, or why there is none."""
+    heads = f"{'decode':>12} {'prefill':>12} {'first token':>12} {'memory':>10} {'GPU memory':>11} {'bandwidth':>10}"
+    lines = [f"{'':16} {heads}"]
+    for row in results:
+        if row.get("error"):
+            lines.append(f"{row['preset']:16} {row['error']}")
+            continue
+        lines.append(
+            f"{row['preset']:16} {row['decode_tokens_per_second']:8.{_digits(row)}f} t/s "
+            f"{row['prefill_tokens_per_second']:8.0f} t/s {row['time_to_first_token_s']:10.3f} s "
+            f"{row['peak_ram_bytes'] / 1e6:7.0f} MB {row['peak_vram_bytes'] / 1e6:8.0f} MB "
+            f"{row['read_bandwidth_fraction']:10.0%}  {row['mode']}"
+        )
+    return "\n".join(lines)
 
 
-def peak_memory() -> int:
-    """Most resident bytes this process has had."""
-    info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):  # Windows
-        return int(info.peak_wset)  # type: ignore[attr-defined]
-    import resource  # not there on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+def _digits(row: dict[str, Any]) -> int:
+    return 1 if row["decode_tokens_per_second"] >= 10 else 2
 
 
-def _one(runtime: Runtime, prompt_tokens: int, reply_tokens: int) -> Stats:
-    """One uncached greedy reply to a prompt of ordinary words."""
-    text = "The quick brown fox jumps over the lazy dog while the old llama hums a song. " * 40
-    ids = runtime.prompting.encode_text(text)[:prompt_tokens]
-    params = GenerationParams(max_tokens=reply_tokens, temperature=0.0)
-    for chunk in runtime.start(ids, params, use_cache=False):
-        if chunk.error is not None:
-            raise chunk.error
-    return chunk.stats
-
-
-def _in_child(preset: str, model: str | None, runs: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "backend", "bench", "--in-process", "--preset", preset, "--runs", str(runs)]
-    if model:
-        command += ["--model", model]
+def _in_child(arguments: argparse.Namespace, preset: str, mode: str | None) -> dict[str, Any]:
+    """One row. What the person can act on comes back as its `error`."""
+    if mode is not None and (missing := missing_for(mode)):
+        return {"preset": mode, "mode": mode, "error": missing}
+    command = [sys.executable, "-m", "backend", "bench", "--in-process", "--preset", preset]
+    for flag in ("model", "vram", "runs", "seconds", "data_dir"):
+        if getattr(arguments, flag) is not None:
+            command += [f"--{flag.replace('_', '-')}", str(getattr(arguments, flag))]
+    if mode is not None:
+        command += ["--mode", mode]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if child.returncode:
-        raise EngineError(f"measuring preset {preset} failed; its own message is above")
+        died = f"its process ended with {child.returncode}; what it said is above"
+        return {"preset": mode or preset, "mode": mode or "", "error": f"measuring {mode or preset} failed: {died}"}
     return dict(json.loads(child.stdout))
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from backend.checkpoint.lora import parse_adapter
 from backend.commands.terminal import ProgressBar
+from backend.model.shapes import PREFIX, is_shape
 from backend.presets import Preset
 from backend.service import Service
 from backend.settings import Settings
@@ -27,7 +28,7 @@ def chosen(service: Service, arguments: argparse.Namespace) -> Preset:
     """The preset asked for, with its model and adapters replaced when they are given."""
     preset = service.read_preset(arguments.preset or "starter")
     if arguments.model is not None:
-        preset = _with_model(preset, arguments.model)
+        preset = with_model(preset, arguments.model)
     if arguments.lora:
         preset = dataclasses.replace(preset, lora=tuple(map(_from_here, arguments.lora)))
     return preset
@@ -39,10 +40,12 @@ def _from_here(adapter: str) -> str:
     return f"{Path(place).resolve()}={strength}" if Path(place).exists() else adapter
 
 
-def _with_model(preset: Preset, model: str) -> Preset:
+def with_model(preset: Preset, model: str) -> Preset:
     """Another model in the preset's place: what was said of the first, its prompt format and adapters, goes with it."""
     if model.startswith("hub:") or model == "starter":
         name, place = model.removeprefix("hub:").rpartition("/")[2].replace(":", " "), model
+    elif is_shape(model):
+        name, place = model.removeprefix(PREFIX).replace(":", " "), model
     else:
         path = Path(model)
         name, place = (path.name if path.is_dir() else path.stem), str(path.resolve())

@@ -73,6 +73,19 @@ def _print_json(generation: Generation) -> int:
 
 
 def _argument(knob: Knob) -> dict:  # type: ignore[type-arg]
-    if knob.kind == "strings":
+    if knob.kind in ("strings", "names"):
         return {"action": "append", "metavar": "TEXT"}
+    if knob.kind == "bool":
+        return {"action": argparse.BooleanOptionalAction}
+    if knob.kind == "text":
+        return {"metavar": "TEXT"}
+    if knob.kind == "ids":
+        return {"action": "append", "type": int, "metavar": "TOKEN"}
+    if knob.kind == "biases":
+        return {"action": "append", "type": _bias, "metavar": "TOKEN:BIAS"}
     return {"type": float if knob.kind == "float" else int, "metavar": "N"}
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition(":")
+    return int(token), float(bias)

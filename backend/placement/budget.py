@@ -9,7 +9,8 @@ from backend.placement.machine import MIB
 from backend.placement.sizes import VALUE_BYTES
 
 BLOCK_TOKENS = 32
-CHUNK_TOKENS = 128  # of prompts in one step: engine/scheduler.py
+# Tokens of prompts in one step. Where parts are streamed, every step brings all of them, however few its tokens.
+CHUNK_TOKENS, STREAMED_CHUNK_TOKENS = 128, 512
 SPARE_BLOCKS = 2  # a chat that begins like another one needs a block of its own where they part
 USEFUL_CONTEXT = 2048  # tokens; a shorter context is not worth keeping all weights resident for
 LEAST_CONTEXT = 512
@@ -69,10 +70,14 @@ def whole_tokens(room: int, token_bytes: int) -> int:
     return max(0, room // (BLOCK_TOKENS * token_bytes) - SPARE_BLOCKS) * BLOCK_TOKENS
 
 
-def workspace_bytes(config: ModelConfig) -> int:
-    """What one step of a prompt works with: the widest activations in float32 and in the products' type, logits."""
+def workspace_bytes(config: ModelConfig, chunk: int = CHUNK_TOKENS) -> int:
+    """What one step of `chunk` tokens of a prompt works with, and logits.
+
+    By torch: the widest activations in float32 and in the products' type. A compiled step's arrays (step.c) are fewer,
+    but stay until the model goes, beside what torch has for its input: covered by the same number.
+    """
     widest = 4 * config.dim + 2 * (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + 5 * config.ffn_dim
-    return CHUNK_TOKENS * 4 * widest + 8 * 4 * config.vocab_size
+    return chunk * 4 * widest + 8 * 4 * config.vocab_size
 
 
 def host_bytes(config: ModelConfig) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from backend.kernels.cpu.memory import empty
-from backend.placement.quantised import int8_linear, is_int4, kept_linear, llm_int8_linear, nf4_linear, quantised_int4
+from backend.placement.quantised import int8_for, is_int4, kept_linear, llm_int8_linear, nf4_linear, quantised_int4
 from backend.weights.blocks import Q4_1
 from backend.weights.int4 import ROW_TILE, Int4Linear, can_stack
 from backend.weights.int4_grouped import GroupedInt4Linear
@@ -26,7 +26,6 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 # Forms of rows that are the same on every device.
 ROW_FORMS: dict[str, Callable[[Sequence[Stored]], Linear | None]] = {
     "llm-int8": llm_int8_linear,
-    "int8": int8_linear,
     "nf4": nf4_linear,
 }
 
@@ -72,7 +71,9 @@ def _plain(parts: Sequence[Stored]) -> bool:
 
 
 def _packed_form(parts: Sequence[Stored], weights: str, device: str) -> Linear | None:
-    """4-bit codes as they are in the file, or (int4) made here; on the CPU other packed weights too."""
+    """Packed weights as they are in the file where the device has products of them, or (int8, int4) made here."""
+    if weights == "int8":
+        return int8_for(parts, device)
     if weights == "int4":
         if parts[0].shape[1] % Q4_1.elements:
             return None

@@ -23,7 +23,8 @@ class Rates:
 
     bandwidth: float = 0.0  # reading its memory
     products: Mapping[str, float] = field(default_factory=dict)
-    layer_seconds: float = 0.0  # of one layer beside its products: norms, rope, attention, launches
+    layer_seconds: float = 0.0  # of one layer beside its products, each operation a call: norms, rope, attention
+    row_seconds: Mapping[str, float] = field(default_factory=dict)  # what a row costs beside its bytes, by form
 
     def product(self, form: str) -> float:
         """Speed of a form, or of the slowest known where it was not measured itself."""
@@ -53,10 +54,12 @@ class Machine:
     process_bytes: int = 0  # resident memory of this process without a model
     cores: int = 1
     rates: Rates = Rates()
-    one_core: float = 1.0  # share of `rates.products` that a single core reaches
+    one_core: float = 1.0  # share of `rates.products` that a single core reaches, of products of plain values
     conversion: Mapping[str, float] = field(default_factory=dict)  # weight bytes per second made from a file, by form
     disk: float = 0.0  # bytes per second of a file that is not in memory
     gpus: tuple[Gpu, ...] = ()
+    # Of one layer beside its products where the whole step is one compiled call, with all threads; 0: there is none.
+    step_seconds: float = 0.0
 
     def gpu(self, name: str) -> Gpu | None:
         return next((gpu for gpu in self.gpus if gpu.name == name or gpu.name.partition(":")[0] == name), None)

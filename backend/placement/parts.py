@@ -39,6 +39,9 @@ class Weight:
     bytes: int  # in memory
     form: str  # what it is multiplied as: the key `weights`, or the storage format where that is kept
     file_bytes: int = 0
+    tiled: bool = False  # multiplied in tiles, as a step in one compiled call takes them
+    cpu_bytes: int | None = None  # in memory where the CPU computes it beside a GPU; None: the same
+    rows: int = 0  # how many it has: torch takes a little for each
 
     @property
     def kind(self) -> str:
@@ -58,7 +61,10 @@ class Product:
         return sum(weight.bytes for weight in self.weights)
 
     def part(self, place: Place) -> Part:
-        return Part(tuple(weight.name for weight in self.weights), self.bytes, place)
+        taken = self.bytes
+        if place == "cpu":
+            taken = sum(weight.bytes if weight.cpu_bytes is None else weight.cpu_bytes for weight in self.weights)
+        return Part(tuple(weight.name for weight in self.weights), taken, place)
 
     def split(self, stays: Collection[str]) -> tuple[Product, ...]:
         """Runs of weights whose kinds are all in `stays` or all not, each a product of its own, in their order."""

@@ -14,7 +14,16 @@ from backend.errors import PresetError
 from backend.events import Fits
 from backend.model.config import ModelConfig
 from backend.placement.arrange import STAYS, fastest, keeping, resident
-from backend.placement.budget import BLOCK_TOKENS, Cache, cache, host_bytes, whole_tokens, workspace_bytes
+from backend.placement.budget import (
+    BLOCK_TOKENS,
+    CHUNK_TOKENS,
+    STREAMED_CHUNK_TOKENS,
+    Cache,
+    cache,
+    host_bytes,
+    whole_tokens,
+    workspace_bytes,
+)
 from backend.placement.machine import RAM_MARGIN, VRAM_MARGIN, Gpu, Machine
 from backend.placement.parts import Part, placed_bytes, ring_bytes
 from backend.placement.sizes import Tensors, products, vector_bytes, weight_bytes
@@ -39,6 +48,7 @@ class Plan:
     kv_bytes: int  # reserved; on the CPU, pages are taken as tokens come
     weight_bytes: int  # of all weights, wherever they are
     parts: tuple[Part, ...]  # in the order of a step
+    chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step
     ring_bytes: int = 0  # buffers that streamed parts go through, on the device
     vram_bytes: int = 0  # most that will be taken on the GPU; 0 without one
     ram_bytes: int = 0  # most that this process will take in memory, with the cache full
@@ -85,8 +95,17 @@ class _Planner:
         self.vectors = vector_bytes(config, tensors)
 
     def plan(self) -> Plan:
-        room, asked = self._room()
-        beside = self.vectors + workspace_bytes(self.config)
+        """With the longer chunk where parts are streamed, unless there is no memory for its activations."""
+        found = self._with_chunk(CHUNK_TOKENS)
+        if not found.ring_bytes:  # a table that is looked up in is read row by row, in any number of steps
+            return found
+        longer = self._with_chunk(STREAMED_CHUNK_TOKENS)
+        return found if longer.fits == "no" and found.fits != "no" else longer
+
+    def _with_chunk(self, chunk: int) -> Plan:
+        workspace = workspace_bytes(self.config, chunk)
+        room, asked = self._room(workspace)
+        beside = self.vectors + workspace
         beside += self.gpu.context_bytes if self.gpu and self.gpu.name != "mps" else 0
         by_name = self._by_name()
         weights = _device_bytes(by_name) if by_name else sum(product.bytes for product in self.products)
@@ -103,9 +122,9 @@ class _Planner:
             else:
                 placed = fastest(self.products, left, self.config.n_layers, self.machine, self.gpu)
         found = self._described(placed or resident(self.products), kv, beside, room)
-        return self._judged(found, asked, room, placed is not None)
+        return dataclasses.replace(self._judged(found, asked, room, placed is not None), chunk_tokens=chunk)
 
-    def _room(self) -> tuple[int | None, int | None]:
+    def _room(self, workspace: int) -> tuple[int | None, int | None]:
         """(bytes of the device for everything, the budget that was asked for): None where there is no limit."""
         machine, preset = self.machine, self.preset
         if self.gpu:
@@ -113,7 +132,7 @@ class _Planner:
                 return preset.vram, preset.vram
             return self.gpu.free - VRAM_MARGIN, None
         if preset.ram is not None:  # for weights and cache, says the preset: what else there is comes on top
-            return preset.ram + workspace_bytes(self.config), preset.ram
+            return preset.ram + workspace, preset.ram
         if not machine.ram_total:
             return None, None
         return machine.ram_free - RAM_MARGIN - host_bytes(self.config), None

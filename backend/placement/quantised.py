@@ -1,4 +1,4 @@
-"""Quantising while loading: stored weights of any kind into int8 rows, 4-bit code books and 4-bit blocks.
+"""Quantising while loading: stored weights of any kind into int8 rows, 4-bit code books, 8-bit and 4-bit blocks.
 
 Rows are decoded and quantised some at a time, so that what is needed besides the result is a few times 1 MiB. Weights
 that are stored in the asked form are copied, code by code.
@@ -12,7 +12,7 @@ import torch
 
 from backend.kernels.cpu.memory import empty
 from backend.weights import int4_grouped, int8, llm_int8, nf4
-from backend.weights.blocks import Q4_1
+from backend.weights.blocks import Q4_1, Q8_0, BlockFormat
 from backend.weights.bnb import Codebook4, Int8Rows
 from backend.weights.grouped import Grouped
 from backend.weights.int8 import Int8Linear
@@ -20,6 +20,8 @@ from backend.weights.linear import Linear
 from backend.weights.llm_int8 import LlmInt8Linear
 from backend.weights.nf4 import CodebookLinear
 from backend.weights.stored import Blocks, Stored
+from backend.weights.tiled import TiledLinear, multiplies_rightly
+from backend.weights.tiles import ROWS
 
 _CHUNK = 1 << 18  # values quantised at once: 1 MiB of float32; larger pieces leave holes in the heap
 Quantise = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # rows -> codes, scales
@@ -67,12 +69,37 @@ def is_int4(part: Stored) -> bool:
 
 def quantised_int4(part: Stored) -> Blocks:
     """Any matrix whose columns are whole groups of 32 as Q4_1: 4-bit codes, a float16 scale and minimum for each 32."""
+    return _blocks(part, Q4_1, int4_grouped.quantise)
+
+
+def int8_for(parts: Sequence[Stored], device: str) -> Linear | None:
+    """Weight-only int8: on a CPU with compiled products Q8_0 in tiles, a float16 scale for each 32 columns; else rows.
+
+    Blocks of Q8_0 stay as they are, and so do rows that bitsandbytes quantised. None where matrices must be products of
+    their own.
+    """
+    tiled = [device == "cpu" and _has_tiles(part) for part in parts]
+    if not any(tiled):
+        return int8_linear(parts)
+    if not all(tiled) or any(part.shape[0] % ROWS for part in parts[:-1]):
+        return None
+    blocks = [
+        part if isinstance(part, Blocks) and part.format == Q8_0 else _blocks(part, Q8_0, int8.quantise_blocks)
+        for part in parts
+    ]
+    return TiledLinear.of_blocks([part.raw for part in blocks], Q8_0)
+
+
+def _has_tiles(part: Stored) -> bool:
+    return not isinstance(part, Int8Rows) and part.shape[1] % Q8_0.elements == 0 and multiplies_rightly(Q8_0)
+
+
+def _blocks(part: Stored, fmt: BlockFormat, quantise: Callable[[torch.Tensor], torch.Tensor]) -> Blocks:
     rows, columns = part.shape
-    raw = empty((rows, Q4_1.row_bytes(columns)), torch.uint8)
+    raw = empty((rows, fmt.row_bytes(columns)), torch.uint8)
     for at, values in _rows([part]):
-        raw[at] = int4_grouped.quantise(values)
-    part.release()
-    return Blocks(raw, Q4_1)
+        raw[at] = quantise(values)
+    return Blocks(raw, fmt)
 
 
 def _int8_rows(parts: Sequence[Stored], quantise: Quantise) -> tuple[torch.Tensor, torch.Tensor]:

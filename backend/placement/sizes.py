@@ -11,7 +11,7 @@ from typing import Protocol
 from backend.kernels.cpu.build import compiled_products
 from backend.model.config import ModelConfig
 from backend.placement.parts import EMBEDDING, OUTPUT, PRODUCTS, Product, Weight
-from backend.weights.blocks import Q4_1, BlockFormat, StorageFormat
+from backend.weights.blocks import Q4_1, Q8_0, BlockFormat, StorageFormat
 from backend.weights.tiles import is_tiled, tiled_bytes
 
 VALUE_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
@@ -44,16 +44,19 @@ def products(weights: str, config: ModelConfig, tensors: Tensors, tiled: bool | 
 
     `tiled`: whether weights are for a CPU with compiled products, which take packed ones in tiles; None: if there are.
     """
-    tiled = compiled_products() if tiled is None else tiled
+    on_cpu = compiled_products()
+    tiled = on_cpu if tiled is None else tiled
 
     def linear(name: str, source: str | None = None) -> Weight:
         info = tensors[source or name]
-        return Weight(name, linear_bytes(weights, name, info, tiled), form_of(weights, name, info, tiled), info.nbytes)
+        size, form = linear_bytes(weights, name, info, tiled), form_of(weights, name, info, tiled)
+        beside_gpu = linear_bytes(weights, name, info, on_cpu)
+        return Weight(name, size, form, info.nbytes, tiled and in_tiles(weights, name, info), beside_gpu, info.shape[0])
 
     table = tensors[EMBEDDING[0]]
     shared = shares_table(weights, config, tensors)
     form = form_of(weights, OUTPUT[0], table, tiled)
-    embedding = Weight(EMBEDDING[0], table_bytes(weights, table), form, table.nbytes)
+    embedding = Weight(EMBEDDING[0], table_bytes(weights, table), form, table.nbytes, rows=table.shape[0])
     found = [Product((embedding,), read=shared)]
     for n in range(config.n_layers):
         found += [Product(tuple(linear(f"layers.{n}.{kind}") for kind in stacked)) for stacked in PRODUCTS]
@@ -105,6 +108,8 @@ def linear_bytes(weights: str, name: str, info: StoredTensor, tiled: bool) -> in
         weights = table_weights(weights, info)
     if weights in VALUE_BYTES:
         return VALUE_BYTES[weights] * info.elements
+    if weights == "int8" and tiled and not info.format.int8 and columns % Q8_0.elements == 0:
+        return info.beside + tiled_bytes(Q8_0, rows, columns)
     if weights in ("int8", "llm-int8"):
         return info.beside + _packed_bytes(_INT8, rows, columns)
     if weights == "int4":
@@ -126,6 +131,17 @@ def form_of(weights: str, name: str, info: StoredTensor, tiled: bool) -> str:
     plain = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "bf16"}
     packed = info.format.planes or info.format.int8 or info.format.codebook or (tiled and is_tiled(info.format))
     return plain.get(info.format.name) or (info.format.name if packed else "bf16")
+
+
+def in_tiles(weights: str, name: str, info: StoredTensor) -> bool:
+    """Whether compiled code on a CPU multiplies a weight in tiles, and nothing beside it."""
+    if name in (*EMBEDDING, *OUTPUT):
+        weights = table_weights(weights, info)
+    if weights == "int4" and info.format.planes != 1:  # quantised while loading
+        return not info.beside and info.shape[1] % _INT4.elements == 0
+    if weights == "int8" and not info.format.int8:
+        return not info.beside and info.shape[1] % Q8_0.elements == 0
+    return weights in ("original", "int4") and not info.beside and is_tiled(info.format)
 
 
 def table_bytes(weights: str, info: StoredTensor) -> int:

@@ -11,6 +11,9 @@ With X chosen so that the link works during the whole step, and N = X + C, B = m
     T* = max( N / B_ram,  (R / B_gpu + N / B) / (1 + B_link / B - B_link / B_gpu) )
 
 On a CPU alone, streamed parts are read from the disk and converted by another thread, so T is the larger of the two.
+There a step whose products are resident and in tiles is one compiled call (engine/compiled.py): all threads, and
+little beside the products. Any other goes from one operation of torch to the next, with as many threads as its bytes
+are worth (engine/threads.py).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from backend.placement.machine import Gpu, Machine
-from backend.placement.parts import OUTPUT, Place, Product, Weight
+from backend.placement.parts import EMBEDDING, OUTPUT, Place, Product, Weight
 
 Placed = tuple[Product, Place]
 BYTES_PER_THREAD = 128 << 20  # as in engine/threads.py: what a token must read for one thread more
@@ -55,17 +58,35 @@ def hybrid_seconds(resident: float, rest: float, machine: Machine, gpu: Gpu, for
     return max(rest / ram, (resident / on_gpu + rest / on_cpu) / (1 + gpu.link / on_cpu - gpu.link / on_gpu))
 
 
+def is_one_call(placed: Iterable[Placed]) -> bool:
+    """Whether a compiled step takes these products: all that a token reads are resident on the CPU and in tiles.
+
+    The output may be plain 16-bit values.
+    """
+
+    def taken(weight: Weight) -> bool:
+        return weight.tiled or (weight.name in (*EMBEDDING, *OUTPUT) and weight.form in ("bf16", "f16"))
+
+    return all(
+        place != "streamed" and all(taken(weight) for weight in product.weights)
+        for product, place in placed
+        if product.read
+    )
+
+
 def _on_cpu(placed: Sequence[Placed], layers: int, machine: Machine) -> Speed:
     rates = machine.rates
+    compiled = machine.step_seconds > 0 and is_one_call(placed)
     threads = max(1, min(machine.cores, -(-_bytes(placed) // BYTES_PER_THREAD)))
-    share = min(1.0, machine.one_core * threads)
-    around = layers * rates.layer_seconds
+    share = 1.0 if compiled else min(1.0, machine.one_core * threads)
+    around = layers * (machine.step_seconds if compiled else rates.layer_seconds)
     products = fast = 0.0
     for product, _ in placed:
         if product.read:
             for weight in product.weights:
-                rate = rates.product(weight.form) * (1.0 if weight.name in OUTPUT else share)
-                products += weight.bytes / rate
+                shared = 1.0 if weight.name in OUTPUT else share
+                rate = rates.product(weight.form) * shared
+                products += weight.bytes / rate + weight.rows * rates.row_seconds.get(weight.form, 0.0) / shared
                 fast += weight.bytes / rate if rate >= SATURATED * rates.bandwidth else 0.0
     streamed = _read(placed, ("streamed",))
     reading = sum(weight.file_bytes for weight in streamed) / machine.disk if streamed else 0.0

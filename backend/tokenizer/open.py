@@ -5,6 +5,7 @@ from __future__ import annotations
 from backend.errors import CheckpointError
 from backend.tokenizer.base import Tokenizer
 from backend.tokenizer.bytebpe import byte_bpe_from_gguf
+from backend.tokenizer.bytesonly import byte_tokenizer
 from backend.tokenizer.folder import tokenizer_from_folder
 from backend.tokenizer.ggufkeys import GGUFKeys
 from backend.tokenizer.sentence import sentencepiece_from_ggml, sentencepiece_from_gguf
@@ -28,6 +29,8 @@ def open_tokenizer(source: TokenizerSource, vocab_size: int) -> Tokenizer:
 def _build(source: TokenizerSource, vocab_size: int) -> Tokenizer:
     if source.kind == "folder":
         return tokenizer_from_folder(source.path, vocab_size)
+    if source.kind == "bytes":
+        return byte_tokenizer(vocab_size)
     if source.kind == "ggml":
         return sentencepiece_from_ggml(source.path, source.metadata)
     keys = GGUFKeys(source.path, source.metadata)

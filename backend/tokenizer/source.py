@@ -17,8 +17,9 @@ class TokenizerSource:
       floats, or None where the file has none).
     * "folder": `path` is the model's folder; tokenizer files are looked for there, then one level up (LLaMA 1 keeps
       `tokenizer.model` beside the size folders).
+    * "bytes": no vocabulary anywhere; one token for each byte (models that are only a shape).
     """
 
-    kind: Literal["gguf", "ggml", "folder"]
+    kind: Literal["gguf", "ggml", "folder", "bytes"]
     path: Path
     metadata: Mapping[str, Any] = field(default_factory=dict)

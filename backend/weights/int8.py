@@ -1,4 +1,4 @@
-"""One signed byte per weight and one scale per row: weight-only int8.
+"""One signed byte per weight and one scale per row: weight-only int8. And the same with a scale per 32 columns.
 
     W[out, in] = code * scale[out]
 
@@ -8,6 +8,9 @@ A few tokens are multiplied in float32 by compiled code. For some more (and with
 numbers, or a crash); for many tokens, converting the weights to bfloat16 and a dense product is faster. Codes are exact
 in bfloat16 (8 significant bits), and the scale is applied in float32 after the sum: only activations and sums are
 rounded.
+
+Where compiled code multiplies tiles (tiled.py), matrices are Q8_0 blocks instead, which `quantise_blocks` makes: a
+float16 scale for each 32 columns.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from backend.kernels.cpu import quantise as compiled
 from backend.kernels.cpu import rows
 from backend.kernels.cuda import products
 
+_GROUP = 32  # of columns with one scale, in blocks
 _MULTIPLE = 16  # of in features, for torch's kernel
 _COMPILED_TOKENS = 8  # with more, torch's kernel is faster
 _KERNEL_TOKENS = 32  # with more, converting pays
@@ -72,3 +77,29 @@ def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = values.abs().amax(1)
     each = torch.where(largest > 0, 127 / largest, 0)
     return (values * each[:, None]).round_().to(torch.int8), largest / 127
+
+
+def quantise_blocks(values: torch.Tensor) -> torch.Tensor:
+    """float32 (rows, columns), columns whole groups of 32 -> Q8_0 blocks, uint8 (rows, 34 bytes for each 32).
+
+    The scale is largest / 127 as the nearest float16, and codes are the nearest for that rounded scale; ggml's are for
+    the scale before it was rounded. Raises ValueError for numbers that are not finite.
+    """
+    if not bool(torch.isfinite(values.abs().amax())):
+        raise ValueError("numbers that are not finite cannot be written as Q8_0")
+    blocks = compiled.q8_0(values)
+    return quantise_blocks_twin(values) if blocks is None else blocks
+
+
+def quantise_blocks_twin(values: torch.Tensor) -> torch.Tensor:
+    """The same in plain torch."""
+    groups = values.reshape(-1, _GROUP)
+    largest = groups.abs().amax(1)
+    scale = (largest / 127).clamp(max=torch.finfo(torch.float16).max).half().float()
+    # Float16 numbers this small are coarse: where the nearest one does not reach the largest number, the next one does.
+    tiny = torch.finfo(torch.float16)
+    scale = torch.where((scale < tiny.tiny) & (largest > 127.5 * scale), scale + tiny.smallest_normal * tiny.eps, scale)
+    each = torch.where(scale > 0, 1 / scale, 0)
+    codes = (groups * each[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    blocks = torch.cat([scale.half()[:, None].view(torch.uint8), codes.view(torch.uint8)], dim=1)
+    return blocks.view(values.shape[0], -1)

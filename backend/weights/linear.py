@@ -44,8 +44,8 @@ class Linear(Protocol):
 
 
 class PlainLinear:
-    """A dense matrix in float32, bfloat16 or float16. The product runs in that type, and in float32 for few tokens on the
-    CPU."""
+    """A dense matrix in float32, bfloat16 or float16. The product runs in that type; for few tokens on the CPU in
+    float32."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight.contiguous()  # (out, in)

@@ -1,6 +1,6 @@
-/* Numbers to codes while a model loads: NF4, and Q4_1 with a search for the scale and minimum that lose least.
+/* Numbers to codes while a model loads: NF4, Q8_0, and Q4_1 with a search for the scale and minimum that lose least.
  *
- * The slow, obvious twins are weights/nf4.py (the same bits) and weights/encode.py (the same search; sums are taken in
+ * The slow, obvious twins are weights/nf4.py and weights/int8.py (the same bits) and weights/encode.py (the same search; sums are taken in
  * another order, so that now and then another of two equally good scales is found). Work is shared among threads by
  * `share`, the pool's suri_parallel (pool.h) or null.
  */
@@ -172,6 +172,45 @@ static void q4_1_part(const void *argument, int64_t first, int64_t last) {
 void suri_q4_1(const float *values, int64_t groups, uint8_t *blocks, Share share, int threads) {
     struct job job = {.values = values, .groups = groups, .codes = blocks};
     run(share, threads, (groups + LANES - 1) / LANES, q4_1_part, &job);
+}
+
+static void q8_0_part(const void *argument, int64_t first, int64_t last) {
+    const struct job *j = argument;
+    for (int64_t n = first; n < last; n++) {
+        const float *x = j->values + n * GROUP;
+        int32_t sizes[GROUP], most = 0; /* finite floats without their signs are in the order of their bits */
+        memcpy(sizes, x, sizeof sizes);
+        for (int k = 0; k < GROUP; k++) {
+            int32_t size = sizes[k] & 0x7fffffff;
+            most = size > most ? size : most;
+        }
+        float largest;
+        memcpy(&largest, &most, 4);
+        uint16_t bits;
+        float scale = half_of(largest / 127.0f, &bits);
+        if (scale < 6.103515625e-05f && largest > 127.5f * scale) { /* coarse there: the next one reaches the largest */
+            scale += 5.9604644775390625e-08f;
+            bits++;
+        }
+        float each = scale > 0 ? 1.0f / scale : 0.0f;
+        uint8_t *block = j->codes + n * (2 + GROUP);
+        memcpy(block, &bits, 2);
+        int8_t codes[GROUP];
+        for (int k = 0; k < GROUP; k++) {
+            float code = rintf(x[k] * each);
+            code = code > 127.0f ? 127.0f : code;
+            code = code < -127.0f ? -127.0f : code;
+            codes[k] = (int8_t)code;
+        }
+        memcpy(block + 2, codes, GROUP);
+    }
+}
+
+/* values (groups, 32), finite, to blocks of 34 bytes: the float16 scale by which the largest is 127, and the codes that
+ * are nearest with that scale. */
+void suri_q8_0(const float *values, int64_t groups, uint8_t *blocks, Share share, int threads) {
+    struct job job = {.values = values, .groups = groups, .codes = blocks};
+    run(share, threads, groups, q8_0_part, &job);
 }
 
 static void nf4_part(const void *argument, int64_t first, int64_t last) {
