@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
 # What torch and its libraries say in plain RuntimeErrors when there is no memory.
 _FAILED_ALLOCATION = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -39,6 +42,24 @@ def give_back() -> None:
         trim(0)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def mapping_temporaries() -> Iterator[None]:
+    """While this lasts, blocks of 1 MiB and more are mapped one by one, so that a freed one returns at once.
+
+    glibc stops doing so after the first large block that is freed, and then what a load needed for a moment leaves
+    holes of many megabytes. Elsewhere nothing changes.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if _has_c_library() else None
+    if set_option is None:
+        yield
+        return
+    set_option(_M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        set_option(_M_MMAP_THRESHOLD, 32 << 20)  # what glibc would have raised it to by itself
 
 
 def without_frames(error: BaseException | None) -> None:

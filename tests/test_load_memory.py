@@ -70,7 +70,7 @@ def test_packed_weights_are_never_there_twice(tmp_path: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize("weights", ["int8", "llm-int8", "int4", "nf4"])
-def test_quantising_needs_the_result_and_one_product(tmp_path: Path, weights: str) -> None:
+def test_quantising_needs_the_result_and_less_than_a_layer(tmp_path: Path, weights: str) -> None:
     """Never the values of the whole model: here they are four times the file's layers in float32."""
     model = TinyModel(
         weights="BF16", tied=False, n_layers=6, dim=1024, n_heads=8, n_kv_heads=8, head_dim=128, ffn_dim=4096
@@ -78,6 +78,6 @@ def test_quantising_needs_the_result_and_one_product(tmp_path: Path, weights: st
     path = write_tiny(tmp_path / "model.gguf", model)
     small = write_tiny(tmp_path / "small.gguf", TinyModel(weights="F32"))
     final, _, most = peak(path, small, weights)
-    product = 2 * 4096 * 1024 * 2  # the largest, as the file has it
+    layer = 2 * (4 * 1024 * 1024 + 3 * 4096 * 1024)  # as the file has it
     assert final > 50e6
-    assert most < 1.15 * final + product + 32e6  # some times 4 MiB while rows are quantised
+    assert most < final + layer

@@ -16,7 +16,7 @@ USEFUL_CONTEXT = 2048  # tokens; a shorter context is not worth keeping all weig
 LEAST_CONTEXT = 512
 _TOKEN_BYTES = 650  # of a tokenizer's tables, for each entry of the vocabulary: measured
 _FIRST_USE = 24 * MIB  # pages of torch's libraries that the first products touch: measured
-_HEAP = 16 * MIB  # what the C library's allocator keeps of the memory that loading used and gave back: measured
+_HEAP = 4 * MIB  # what the C library's allocator keeps of the memory that loading used and gave back: measured
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def workspace_bytes(config: ModelConfig, chunk: int = CHUNK_TOKENS) -> int:
     return chunk * 4 * widest + 8 * 4 * config.vocab_size
 
 
-def host_bytes(config: ModelConfig) -> int:
-    """What a model takes in this process beside weights, cache and workspace."""
-    return _TOKEN_BYTES * config.vocab_size + _FIRST_USE + min(_HEAP, 16 * config.dim * config.ffn_dim)
+def host_bytes(config: ModelConfig, *, shape_only: bool = False) -> int:
+    """What a model takes in this process beside weights, cache and workspace. shape_only: it has no vocabulary."""
+    vocabulary = 0 if shape_only else _TOKEN_BYTES * config.vocab_size
+    return vocabulary + _FIRST_USE + min(_HEAP, 16 * config.dim * config.ffn_dim)

@@ -19,7 +19,7 @@ from backend.checkpoint.base import Checkpoint
 from backend.checkpoint.mapped import read_ahead
 from backend.errors import OutOfMemoryError
 from backend.events import LoadProgress
-from backend.memory import free_bytes, is_allocation_failure
+from backend.memory import free_bytes, is_allocation_failure, mapping_temporaries
 from backend.model.llama import Layer, Llama
 from backend.model.rope import Rope
 from backend.placement.hoststore import Link
@@ -86,7 +86,8 @@ def load_model(
     loader = _Loader(checkpoint, weights, label, progress, parts, Places(checkpoint, device, link))
     on_device = False
     try:
-        return loader.load()
+        with mapping_temporaries():
+            return loader.load()
     except BaseException as error:
         # Whoever keeps the exception would keep, in its frames, all that was loaded so far.
         _clear_frames(error)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from backend.errors import PresetError
 from backend.events import Fits
 from backend.model.config import ModelConfig
+from backend.model.shapes import is_shape
 from backend.placement.arrange import STAYS, fastest, keeping, resident
 from backend.placement.budget import (
     BLOCK_TOKENS,
@@ -91,6 +92,7 @@ class _Planner:
     def __init__(self, preset: Preset, config: ModelConfig, tensors: Tensors, machine: Machine) -> None:
         self.preset, self.config, self.tensors, self.machine = preset, config, tensors, machine
         self.gpu = _device(preset, machine)
+        self.host = host_bytes(config, shape_only=is_shape(preset.model))
         self.products = products(preset.weights, config, tensors, tiled=False if self.gpu else None)
         self.vectors = vector_bytes(config, tensors)
 
@@ -135,7 +137,7 @@ class _Planner:
             return preset.ram + workspace, preset.ram
         if not machine.ram_total:
             return None, None
-        return machine.ram_free - RAM_MARGIN - host_bytes(self.config), None
+        return machine.ram_free - RAM_MARGIN - self.host, None
 
     def _by_name(self) -> list[Placed] | None:
         """What the preset says about places; None where it leaves that to us."""
@@ -151,9 +153,9 @@ class _Planner:
         parts = tuple(product.part(place) for product, place in placed)
         on_device = beside + placed_bytes(parts, "resident") + ring_bytes(parts)
         if gpu is None:
-            extra = on_device + kv.bytes + host_bytes(self.config)
+            extra = on_device + kv.bytes + self.host
         else:
-            extra = placed_bytes(parts, "streamed") + placed_bytes(parts, "cpu") + host_bytes(self.config)
+            extra = placed_bytes(parts, "streamed") + placed_bytes(parts, "cpu") + self.host
             extra += gpu.host_bytes
         speed = step(placed, self.config.n_layers, machine, gpu)
         tokens = self.config.context if room is None else whole_tokens(room - on_device, kv.token_bytes)
@@ -180,7 +182,7 @@ class _Planner:
     def _judged(self, found: Plan, asked: int | None, room: int | None, placed: bool) -> Plan:
         """The same with whether it fits, and why not."""
         machine, gpu = self.machine, self.gpu
-        need = found.vram_bytes if gpu else found.extra_ram_bytes - host_bytes(self.config)
+        need = found.vram_bytes if gpu else found.extra_ram_bytes - self.host
         memory, limit = "GPU memory" if gpu else "memory", show_bytes(max(0, room or 0))
         reason = ""
         if gpu and not gpu.total:
