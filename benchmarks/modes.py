@@ -1,6 +1,6 @@
 """Every way to keep weights on the CPU: our tokens per second beside a plain loop of torch's ops on the same bytes.
 
-Both decode one token at a time through one layer of LLaMA 7B's shape with random weights. The plain loop is what one
+Both decode one token at a time through two layers of LLaMA 7B's shape with random weights. The plain loop is what one
 would write first: one op for each weight, torch's packed product where torch has one for these bytes (bfloat16, int8
 by rows, 4 bit by groups), else dequantising the weight to bfloat16 and multiplying; attention over a joined cache.
 Ours is the whole engine, sampling and scheduling included. Rounds take turns; what counts is the median of the ratios.
@@ -26,7 +26,7 @@ from backend.presets import Preset
 from backend.runtime import Prepared, Runtime, compute_threads
 
 NAME = "modes"
-SHAPE = "shape:llama-2-7b:{}:layers=1:vocabulary=2048:context=256"
+SHAPE = "shape:llama-2-7b:{}:layers=2:vocabulary=2048:context=256"
 PROMPT, REPLY, ROUNDS = 4, 24, 5  # tokens, tokens, counted rounds
 PLAIN_SECONDS = 1.0  # of a plain reply; one that is slower has fewer tokens
 GROUP = 32
