@@ -31,7 +31,7 @@ def check(told: dict[str, int]) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("preset", ["starter", "cpu-int8"])
+@pytest.mark.parametrize("preset", ["starter", "cpu-int8", "cpu-int4", "cpu-bf16", "starter-f32"])
 def test_shipped_presets(starter_path: Path, preset: str):
     check(measured(preset))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +16,9 @@ from backend.engine.request import Request
 from backend.errors import ParameterError, SamplingError
 from backend.params import GenerationParams
 from backend.sampling.banned import BannedTexts
-from backend.sampling.mirostat import Mirostat, kept_tokens
 from backend.sampling.sampler import MOST_REWINDS, Sampler
 from tests.real import read, tiny_runtime
-from tests.test_sampling import row, softmax, with_params
+from tests.test_sampling import row, with_params
 
 PIECES = [b"", b"a", b"b", b"c", b"A", b"ab", b"bc", b"ca", b" ", b"\xc3", b"\xa4"]
 END = 0
@@ -336,72 +334,6 @@ def test_the_speed_limit() -> None:
     assert fast.completion_tokens == 50
     assert slow.completion_tokens == 1
     assert slept == []
-
-
-# mirostat ---------------------------------------------------------------------------------------------------------
-
-
-def k_of_the_authors(p: np.ndarray, mu: float) -> float:
-    """The estimate and the k of the paper's program, written out: m = 100, the vocabulary for N."""
-    p = np.sort(p)[::-1]
-    b = sum_b = 0.0
-    for i in range(99):
-        b = math.log(p[i] / p[i + 1])
-        t = math.log((i + 2) / (i + 1))
-        sum_b, b = sum_b + t * b, b
-    s = sum_b / sum(math.log((i + 2) / (i + 1)) ** 2 for i in range(99))
-    eps = s - 1
-    return ((eps * 2**mu) / (1 - len(p) ** (-eps))) ** (1 / s)
-
-
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("mu", [1.0, 4.0, 8.0])
-def test_mirostat_1_keeps_the_k_of_the_paper(seed: int, mu: float) -> None:
-    logits = row(2000, seed, spread=2.0)
-    ordered = torch.log_softmax(logits.sort(descending=True).values, 0)
-    expected = min(2000, max(1, int(k_of_the_authors(softmax(logits.numpy()), mu))))
-    found = kept_tokens(ordered[:100], 2000, mu)
-    assert abs(found - expected) <= 1 + expected // 1000
-    mirostat = Mirostat(1, mu / 2, 0.1)
-    left = torch.isfinite(mirostat.cut(logits)).nonzero().flatten().tolist()
-    assert set(left) == set(logits.argsort(descending=True)[:found].tolist())
-
-
-def test_mirostat_1_where_its_law_does_not_hold() -> None:
-    assert kept_tokens(torch.full((50,), -math.log(50)), 50, 3.0) == 50
-    assert kept_tokens(torch.tensor([0.0, float("-inf"), float("-inf")]), 3, 3.0) == 1
-    zipf = torch.log_softmax(-torch.log(torch.arange(1.0, 1001.0)), 0)  # s is exactly 1
-    assert kept_tokens(zipf[:100], 1000, 3.0) == int(2**3 / math.log(1000))
-    assert kept_tokens(torch.tensor([0.0, -1e6]), 2, 60.0) >= 1
-
-
-def test_mirostat_2_keeps_what_is_not_too_surprising() -> None:
-    logits = row(300)
-    p = softmax(logits.numpy())
-    for tau in (0.2, 1.0, 4.0):
-        left = torch.isfinite(Mirostat(2, tau, 0.1).cut(logits)).nonzero().flatten().tolist()
-        assert set(left) == set(np.flatnonzero(-np.log2(p) <= 2 * tau).tolist()) | {int(p.argmax())}
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_mirostat_draws_from_what_it_kept_and_reaches_its_target(version: int) -> None:
-    logits, count, tau = row(400, 4, spread=2.0), 6000, 5.5
-    random = np.random.default_rng(1)
-    params = with_params(mirostat=version, mirostat_tau=tau, mirostat_eta=0.1, temperature=1.5, top_k=2, min_p=0.9)
-    sampler = Sampler(params, [], lambda: float(random.random()))
-    logs = torch.log_softmax(logits / 1.5, 0) / math.log(2)
-    surprises = [-float(logs[sampler.next(logits).token or 0]) for _ in range(count)]
-    assert np.mean(surprises[500:]) == pytest.approx(tau, abs=0.1)
-    # with eta 0 mu stands still: one fixed distribution, that of the kept tokens
-    fixed = Sampler(
-        with_params(mirostat=version, mirostat_tau=tau, mirostat_eta=0.0), [], lambda: float(random.random())
-    )
-    kept = softmax(Mirostat(version, tau, 0.0).cut(logits).numpy())
-    drawn = np.bincount([fixed.next(logits).token or 0 for _ in range(count)], minlength=400)
-    assert not drawn[kept == 0].any()
-    often = kept * count >= 5
-    chi_square = ((drawn - kept * count) ** 2 / np.maximum(kept * count, 1e-9))[often].sum()
-    assert chi_square < often.sum() + 4 * math.sqrt(2 * often.sum()) + 11
 
 
 # on a real cache --------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from backend.errors import UserError
+from backend.store.files import replace_text
 
 MAX_ENTRIES = 1000  # the oldest go first
 SAMPLE = 1 << 16  # bytes of the beginning and of the end of a file that its fingerprint covers
@@ -103,19 +102,7 @@ class Measurements:
 
     def _write(self, entries: Iterable[Measurement]) -> None:
         text = json.dumps([_stored(entry) for entry in entries], indent=1)
-        part = None
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=self._path.parent, prefix=".measured-")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self._path)
-        except OSError as error:
-            if part is not None:
-                Path(part).unlink(missing_ok=True)
-            raise UserError(f"{self._path}: cannot be written ({error.strerror or error})") from None
+        replace_text(self._path, text)
 
 
 def fingerprint(keys: Mapping[str, object], files: Iterable[Path]) -> str:

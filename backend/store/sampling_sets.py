@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import threading
 from pathlib import Path
 
 from backend.errors import ParameterError, UserError
 from backend.params import GenerationParams
+from backend.store.files import replace_text
 
 MAX_SETS = 200
 MAX_NAME = 60
@@ -55,16 +54,4 @@ class SamplingSets:
 
     def _write(self, sets: dict[str, GenerationParams]) -> None:
         text = json.dumps({name: params.changed() for name, params in sets.items()}, indent=1, ensure_ascii=True)
-        part = None
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=self._path.parent, prefix=".sets-")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self._path)
-        except OSError as error:
-            if part is not None:
-                Path(part).unlink(missing_ok=True)
-            raise UserError(f"{self._path}: cannot be written ({error.strerror or error})") from None
+        replace_text(self._path, text)
