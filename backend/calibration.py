@@ -23,14 +23,16 @@ import psutil
 import torch
 
 from backend.cache.kv import KVPool
+from backend.checkpoint.mapped import MappedFile
 from backend.engine.runner import Runner
 from backend.engine.threads import Threads
 from backend.kernels.cpu.build import cache_folder
+from backend.kernels.cpu.memory import bring
 from backend.memory import give_back
 from backend.model.config import ModelConfig
 from backend.model.llama import Layer, Llama
 from backend.model.rope import Rope
-from backend.placement.linears import build
+from backend.placement.linears import borrow, build
 from backend.placement.machine import Gpu, Machine, Rates
 from backend.settings import PROJECT
 from backend.weights.blocks import Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, BlockFormat
@@ -39,7 +41,7 @@ from backend.weights.linear import Linear, PlainEmbedding, PlainLinear
 from backend.weights.nf4 import NF4
 from backend.weights.stored import Blocks, Plain, Stored
 
-VERSION = 5  # of what is measured and how: another one measures anew
+VERSION = 6  # of what is measured and how: another one measures anew
 ROWS, COLUMNS = 1024, 4096  # of a measured product
 SHORT_ROW = 512  # columns: as in small models, where torch's products of plain values are slower for their bytes
 ROUND = 64 << 20  # bytes of all copies of a product together: more than a processor keeps
@@ -205,9 +207,27 @@ def _row_seconds(products: Mapping[str, float], pause: Pause) -> dict[str, float
 
 
 def _conversion_rate(stored: Stored, form: str, kind: str) -> float:
-    """Bytes per second of making a weight from what its file holds."""
+    """Bytes per second of making a weight from what its file holds, or of mapping the file where that is enough."""
+    if kind == "cpu" and borrow([stored], form) is not None:
+        return _mapping_rate()
     made = build([stored], form, kind)  # this one does what is done once: compiling, checking
     return made.nbytes() / _best(lambda: build([stored], form, kind), "cpu", rounds=2)
+
+
+@cache
+def _mapping_rate() -> float:
+    """Bytes per second of mapping a file that is in memory already, and letting it go."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights"
+        path.write_bytes(bytes(FILE_BYTES))
+        file = MappedFile(path)
+        release = file.releaser(0, file.size)
+
+        def there_and_back() -> None:
+            bring(file.bytes)
+            release()
+
+        return FILE_BYTES / _best(there_and_back, "cpu", rounds=3)
 
 
 def _layer_seconds(device: str) -> float:

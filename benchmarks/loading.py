@@ -53,6 +53,7 @@ def write_model(path: Path, name: str) -> Path:
     kind = gguf.GGMLQuantizationType[name]
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(0)
+    plain = (0.02 * random.standard_normal(1 << 20)).astype(np.float16)
     writer = gguf.GGUFWriter(path, "llama")
     numbers = {
         "block_count": LAYERS, "context_length": 2048, "embedding_length": DIM, "feed_forward_length": FFN,
@@ -63,10 +64,10 @@ def write_model(path: Path, name: str) -> Path:
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
 
     def add(tensor: str, rows: int, columns: int) -> None:
-        raw = random.integers(0, 60, (rows, columns // elements * size), dtype=np.uint8)
         if name == "F16":
-            writer.add_tensor(tensor, raw.view(np.float16))
+            writer.add_tensor(tensor, np.resize(plain, (rows, columns)))
         else:
+            raw = random.integers(0, 60, (rows, columns // elements * size), dtype=np.uint8)
             writer.add_tensor(tensor, raw, raw_dtype=kind)
 
     add("token_embd.weight", VOCABULARY, DIM)

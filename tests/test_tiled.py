@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from backend.kernels.cpu import build
-from backend.kernels.cpu.products import product, retile, tiles_library, values, with_types
+from backend.kernels.cpu.products import product, product_in_rows, retile, tiles_library, values, with_types
 from backend.weights.blocks import Q2_K, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, BlockFormat
 from backend.weights.decode import dequantize
 from backend.weights.tiled import TiledLinear, blocks_of_tiles, multiplies_rightly, tiles_of_blocks
@@ -255,7 +255,9 @@ def test_code_for_other_processors(fmt: BlockFormat, variant: ctypes.CDLL) -> No
     for part in (x, x[:1], x[1:2]):
         expected = own(part)
         bound = 1e-5 * (part.abs() @ own.twin().abs().T) + 1e-4
-        assert ((product(variant, tiles, fmt, 37, 512, part) - expected).abs() <= bound).all()
+        found = product(variant, tiles, fmt, 37, 512, part)
+        assert ((found - expected).abs() <= bound).all()
+        assert torch.equal(product_in_rows(variant, [raw], fmt, part), found)
 
 
 def test_every_format_was_checked_on_first_use() -> None:

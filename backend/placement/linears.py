@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from backend.kernels.cpu.memory import empty
+from backend.kernels.cpu.memory import bring, empty
 from backend.placement.quantised import int8_for, is_int4, kept_linear, llm_int8_linear, nf4_linear, quantised_int4
 from backend.weights.blocks import Q4_1
+from backend.weights.in_rows import RowsLinear, ViewsLinear
 from backend.weights.int4 import ROW_TILE, Int4Linear, can_stack
 from backend.weights.int4_grouped import GroupedInt4Linear
 from backend.weights.linear import Linear, PlainLinear, SplitLinear
 from backend.weights.lora import LowRank, lora_linear
-from backend.weights.stored import Blocks, Stored, copy_values
+from backend.weights.stored import Blocks, Plain, Stored, copy_values
 from backend.weights.tiled import TiledLinear, multiplies_rightly
 from backend.weights.tiles import is_tiled
 
@@ -87,6 +88,28 @@ def _packed_form(parts: Sequence[Stored], weights: str, device: str) -> Linear |
     if len(planes) < len(parts) or not can_stack(planes, [ROW_TILE] * len(parts)):
         return None
     return GroupedInt4Linear.of_planes(planes)
+
+
+def borrow(parts: Sequence[Stored], weights: str) -> Linear | None:
+    """Like `build`, for one use: a product that reads the weights where the file is mapped, all of them in memory now.
+
+    None where such a product does not exist: then `build` it is. When it goes, the pages are given back.
+    """
+
+    def release() -> None:
+        for part in parts:
+            part.release()
+
+    linear: Linear | None = None
+    blocks = [part for part in parts if isinstance(part, Blocks)]
+    plain = [part.values for part in parts if isinstance(part, Plain)]
+    if weights == "original" and len(blocks) == len(parts) and len({part.format for part in blocks}) == 1:
+        linear = RowsLinear.of_blocks([part.raw for part in blocks], blocks[0].format, release)
+    elif len(plain) == len(parts) and all(values.dtype == DTYPES.get(weights, values.dtype) for values in plain):
+        linear = ViewsLinear.of_views(plain, release) if weights in (*DTYPES, "original") else None
+    for tensor in () if linear is None else linear.tensors():
+        bring(tensor)
+    return linear
 
 
 def _packed(parts: Sequence[Stored]) -> Linear | None:

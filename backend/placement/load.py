@@ -23,7 +23,7 @@ from backend.memory import free_bytes, is_allocation_failure, mapping_temporarie
 from backend.model.llama import Layer, Llama
 from backend.model.rope import Rope
 from backend.placement.hoststore import Link
-from backend.placement.linears import build, values
+from backend.placement.linears import borrow, build, values
 from backend.placement.offload import Streamer
 from backend.placement.parts import Part, placed_bytes, ring_bytes
 from backend.placement.places import HostEmbedding, HostLinear, OrderedLinear, Places
@@ -234,8 +234,10 @@ class _Loader:
         self._progress(LoadProgress(f"Loading {self._label}", self._done, self._total))
 
 
-def _built(checkpoint: Checkpoint, names: Sequence[str], weights: str, device: str) -> Linear:
-    return build([checkpoint.read(name) for name in names], weights, device)
+def _built(checkpoint: Checkpoint, names: Sequence[str], weights: str, device: str, *, once: bool = False) -> Linear:
+    """`once`: it is used in one step and then let go."""
+    stored = [checkpoint.read(name) for name in names]
+    return (borrow(stored, weights) if once else None) or build(stored, weights, device)
 
 
 def _order(found: Sequence[str], wanted: Sequence[str], rows: Mapping[str, int]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -18,7 +18,13 @@ from backend.placement.parts import RING_BUFFERS, Part
 from backend.placement.slowstore import FileMover, WholeFiles
 from backend.weights.linear import Embedding, Linear
 
-Make = Callable[[str], Linear]  # the type of device that will multiply -> the weight for it, in host memory
+
+class Make(Protocol):
+    def __call__(self, device: str, *, once: bool = False) -> Linear:
+        """A weight for the type of device that will multiply, in host memory. `once`: it is used and then let go."""
+        ...
+
+
 Movable = TypeVar("Movable", Linear, Embedding)
 
 
@@ -40,7 +46,7 @@ class Places:
     def put(self, part: Part, make: Make, shape: tuple[int, int]) -> Linear:
         """What the model multiplies with. `shape`: its (out, in) features."""
         if part.place == "streamed":
-            return self._streamed(part, partial(make, self.device.type), shape)
+            return self._streamed(part, make, shape)
         if part.place == "cpu" and self.device.type != "cpu":
             linear = make("cpu")
             self.host_bytes += linear.nbytes()
@@ -76,13 +82,14 @@ class Places:
         self.host_bytes += table.nbytes()
         return HostEmbedding(table)
 
-    def _streamed(self, part: Part, make: Callable[[], Linear], shape: tuple[int, int]) -> Linear:
+    def _streamed(self, part: Part, make: Make, shape: tuple[int, int]) -> Linear:
         nbytes = part.bytes
         if self._host is None:
-            self._file.add(part.names, make)
+            # On another device than the CPU the copy there would outlive the borrowed pages' use.
+            self._file.add(part.names, partial(make, self.device.type, once=self.device.type == "cpu"))
             self.file_bytes += nbytes
         else:
-            linear = self._host.add(make())
+            linear = self._host.add(make(self.device.type))
             nbytes = linear.nbytes()
             self.host_bytes += nbytes
         return StreamedLinear(self.streamer, self.streamer.add(nbytes), *shape)

@@ -6,8 +6,11 @@
 #include "formats.h"
 #include "matrix.h"
 #include "product.h"
+#include "retile.h"
 
-enum { TOKENS = 64 /* their sums stay in the first cache */ };
+#include <stdlib.h>
+
+enum { TOKENS = 64 /* their sums stay in the first cache */, TURNED_BYTES = 8 << 10 };
 
 /* Columns 4 * from .. 4 * to of a group: whole numbers, exact, below 2^28. */
 INLINE lanes dot(struct shape shape, int fine, const struct group *group, const int8_t *x, int32_t sum, int from, int to) {
@@ -61,15 +64,14 @@ INLINE void with_group_many(struct shape shape, int fine, float *sums, const str
     }
 }
 
-/* One tile and up to TOKENS tokens, with AMX or without. Each token's sum takes the groups in the same order, however
- * many tokens there are. */
-INLINE void tile(enum format format, int fine, int matrix, const uint8_t *from, const struct suri_input *in,
-                 int64_t token, int tokens, float *sums) {
+/* `blocks` records of a tile, from column block `block` on, and up to TOKENS tokens, with AMX or without. Adds to sums,
+ * which begin as zeros. Each token's sum takes the groups in the same order, however many tokens there are. */
+INLINE void records(enum format format, int fine, int matrix, const uint8_t *from, int64_t block, int64_t blocks,
+                    const struct suri_input *in, int64_t token, int tokens, float *sums) {
     struct shape shape = shape_of(format);
-    floats alone = all_float(0);
-    if (tokens > 1)
-        for (int t = 0; t < tokens; t++) store_floats(sums + t * LANES, alone);
-    for (int64_t at = token; at < in->columns / GROUP * in->tokens + token; from += LANES * shape.bytes) {
+    floats alone = load_floats(sums);
+    int64_t at = block * shape.groups * in->tokens + token;
+    for (; blocks; blocks--, from += LANES * shape.bytes) {
         struct record record;
         struct group group;
         open_record(format, from, &record);
@@ -91,25 +93,58 @@ INLINE void tile(enum format format, int fine, int matrix, const uint8_t *from, 
     if (tokens == 1) store_floats(sums, alone);
 }
 
+INLINE void records_of(enum format format, int matrix, const uint8_t *from, int64_t block, int64_t blocks,
+                       const struct suri_input *in, int64_t token, int tokens, float *sums) {
+    if (in->tokens == 1 && in->fine) records(format, 1, 0, from, block, blocks, in, 0, 1, sums);
+    else if (in->fine && !matrix) records(format, 1, 0, from, block, blocks, in, token, tokens, sums);
+    else if (in->fine) records(format, 1, MATRIX, from, block, blocks, in, token, tokens, sums);
+    else records(format, 0, MATRIX, from, block, blocks, in, token, tokens, sums); /* with AMX only where that is used */
+}
+
+/* The same for 16 rows as the file has them: turned into records a little at a time, which stay in the first cache. */
+INLINE void rows_of(enum format format, int matrix, const uint8_t *rows, int64_t row_bytes, const struct suri_input *in,
+                    int64_t token, int tokens, float *sums) {
+    struct shape shape = shape_of(format);
+    _Alignas(64) uint8_t turned[TURNED_BYTES];
+    const int64_t most = TURNED_BYTES / (LANES * shape.bytes), blocks = row_bytes / shape.bytes;
+    for (int64_t block = 0; block < blocks; block += most) {
+        int64_t count = blocks - block < most ? blocks - block : most;
+        for (int64_t b = 0; b < count; b++) {
+            const uint8_t *from = rows + (block + b) * shape.bytes;
+            /* The next 16 rows are one stretch of memory: asked for line by line, as it is read in 16 places at once. */
+            for (int line = 0; line < LANES * shape.bytes; line += 64)
+                __builtin_prefetch(rows + LANES * (row_bytes + (block + b) * shape.bytes) + line);
+            one_record(format, from, row_bytes, turned + b * LANES * shape.bytes);
+        }
+        records_of(format, matrix, turned, block, count, in, token, tokens, sums);
+    }
+}
+
 INLINE void tiles_of(enum format format, const struct suri_product *p, int64_t first, int64_t last) {
     const struct suri_input *in = p->input;
     struct shape shape = shape_of(format);
-    int64_t tile_bytes = p->columns / (GROUP * shape.groups) * LANES * shape.bytes;
+    int64_t blocks = p->columns / (GROUP * shape.groups), row_bytes = blocks * shape.bytes, tile_bytes = LANES * row_bytes;
     _Alignas(64) float sums[TOKENS * LANES];
     int matrix = in->tokens > MATRIX_WORTH_IT && matrix_allowed();
     if (matrix) matrix_begin();
     for (int64_t n = first; n < last; n++) {
         int64_t rows = p->rows - n * LANES < LANES ? p->rows - n * LANES : LANES;
+        const uint8_t *from = p->tiles + n * tile_bytes;
+        uint8_t *filled = 0;
+        if (p->in_rows && rows < LANES) { /* the last rows: filled up with zeros */
+            filled = calloc(1, (size_t)tile_bytes);
+            if (!filled) abort();
+            from = memcpy(filled, from, (size_t)(rows * row_bytes));
+        }
         for (int64_t token = 0; token < in->tokens; token += TOKENS) {
             int tokens = in->tokens - token < TOKENS ? (int)(in->tokens - token) : TOKENS;
-            const uint8_t *from = p->tiles + n * tile_bytes;
-            if (in->tokens == 1 && in->fine) tile(format, 1, 0, from, in, 0, 1, sums);
-            else if (in->fine && !matrix) tile(format, 1, 0, from, in, token, tokens, sums);
-            else if (in->fine) tile(format, 1, MATRIX, from, in, token, tokens, sums);
-            else tile(format, 0, MATRIX, from, in, token, tokens, sums); /* with AMX only where that is used */
+            memset(sums, 0, (size_t)tokens * LANES * sizeof(float));
+            if (p->in_rows) rows_of(format, matrix, from, row_bytes, in, token, tokens, sums);
+            else records_of(format, matrix, from, 0, blocks, in, token, tokens, sums);
             for (int t = 0; t < tokens; t++)
                 memcpy(p->out + (token + t) * p->stride + n * LANES, sums + t * LANES, (size_t)rows * sizeof(float));
         }
+        free(filled);
     }
     if (matrix) matrix_end();
 }

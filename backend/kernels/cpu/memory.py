@@ -1,4 +1,4 @@
-"""Memory for what stays loaded: in huge pages where the system gives them.
+"""Memory for what stays loaded, in huge pages where the system gives them; and pages of a file, brought ahead of use.
 
 A model's weights are touched from end to end for every token. With pages of 4 KiB that is a hundred thousand page
 faults while loading, and a miss in the processor's table of pages every 4 KiB ever after.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from collections.abc import Sequence
 
 import torch
 
 _WORTH_IT = 4 << 20
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14; Python's mmap has no name for it
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -21,7 +23,21 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is not None and tensor.nbytes >= _WORTH_IT:
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
         # Advice: whether it is taken changes nothing but the speed, so the answer does not matter.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
+        _advise(start, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE, advice)
     return tensor
+
+
+def bring(tensor: torch.Tensor) -> None:
+    """Wait until the pages of a file that a tensor in one piece lies in are in memory: what reads it next need not."""
+    first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    last = -(-(tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    if sys.platform == "linux" and not _advise(first, last, _POPULATE_READ):
+        return
+    tensor.view(torch.uint8).flatten()[:: mmap.PAGESIZE].sum()  # reads a byte of each page
+
+
+def _advise(first: int, last: int, advice: int) -> int:
+    """0: the system took it."""
+    answer = ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(advice))
+    return int(answer)

@@ -108,16 +108,21 @@ static void quantise_part(const void *argument, int64_t first, int64_t last) {
     suri_quantise(q->x, q->input, first, last);
 }
 
-/* y = x W^T: x float32 (tokens, columns), y (tokens, rows). fine: 0 or 1. Returns 0, or -1 where there is no memory. */
-int suri_product(int format, const uint8_t *tiles, int64_t rows, int64_t columns, const float *x, int64_t tokens,
-                 int fine, float *out, int threads) {
+/* y = x W^T for `parts` matrices of one format, one above the other: x float32 (tokens, columns), out (tokens, all rows).
+ * matrices: each in tiles, or as in a file with `in_rows`. fine: 0 or 1. Returns 0, or -1 where there is no memory. */
+int suri_product(int format, int in_rows, int parts, const uint8_t *const *matrices, const int64_t *rows, int64_t columns,
+                 const float *x, int64_t tokens, int fine, float *out, int threads) {
     void *memory = malloc((size_t)suri_input_bytes(tokens, columns, fine));
     if (!memory) return -1;
     struct suri_input input = suri_input_in(memory, tokens, columns, fine);
     struct quantising quantising = {x, &input};
     suri_parallel(threads, tokens, 4, quantise_part, &quantising);
-    struct suri_product p = {format, rows, columns, tiles, &input, out, rows};
-    suri_product_of(&p, threads);
+    int64_t stride = 0;
+    for (int n = 0; n < parts; n++) stride += rows[n];
+    for (int n = 0; n < parts; out += rows[n++]) {
+        struct suri_product p = {format, rows[n], columns, matrices[n], &input, out, stride, in_rows};
+        suri_product_of(&p, threads);
+    }
     free(memory);
     return 0;
 }
@@ -126,6 +131,6 @@ static void values_part(const void *argument, int64_t first, int64_t last) { val
 
 /* The weight as float32 values, (rows, columns). */
 void suri_values(int format, const uint8_t *tiles, int64_t rows, int64_t columns, float *out, int threads) {
-    struct suri_product p = {format, rows, columns, tiles, 0, out, columns};
+    struct suri_product p = {format, rows, columns, tiles, 0, out, columns, 0};
     suri_parallel(threads, tiles_in(rows), 4, values_part, &p);
 }

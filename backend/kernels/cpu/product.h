@@ -29,6 +29,7 @@ struct suri_product {
     const struct suri_input *input;
     float *out; /* (tokens, rows), each token's `stride` values after the last one's */
     int64_t stride;
+    int in_rows; /* `tiles` are rows as the file has them; slower, by what turning them into tiles takes in the cache */
 };
 
 /* Bytes to reserve for an input; the memory is cut up by suri_input_in. `fine` 0 is granted from 9 tokens on. */

@@ -23,7 +23,7 @@ from backend.weights.tiles import ROWS, tiled_bytes
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
     "suri_retile": (_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
-    "suri_product": (_INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _INT, _POINTER, _INT),
+    "suri_product": (_INT, _INT, _INT, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _INT, _POINTER, _INT),
     "suri_values": (_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
 }
 
@@ -68,11 +68,35 @@ def product(
 ) -> torch.Tensor:
     """x float32 (tokens, columns) -> x W^T, float32 (tokens, rows), with x rounded in groups of 32 columns to 15 bits
     (`fine`) or to 8."""
-    x = x.contiguous()
+    return _product(compiled, [tiles], [rows], False, fmt, columns, x, fine)
+
+
+def product_in_rows(
+    compiled: ctypes.CDLL, raws: Sequence[torch.Tensor], fmt: BlockFormat, x: torch.Tensor
+) -> torch.Tensor:
+    """The same, bit for bit, of matrices as they lie in a file, one above the other: raws uint8 (rows, bytes per row),
+    each in one piece. Each tile is made in the cache and forgotten: for weights that are multiplied with once."""
+    columns = raws[0].shape[1] // fmt.bytes * fmt.elements
+    return _product(compiled, raws, [raw.shape[0] for raw in raws], True, fmt, columns, x, True)
+
+
+def _product(
+    compiled: ctypes.CDLL,
+    matrices: Sequence[torch.Tensor],
+    rows: Sequence[int],
+    in_rows: bool,
+    fmt: BlockFormat,
+    columns: int,
+    x: torch.Tensor,
+    fine: bool,
+) -> torch.Tensor:
+    x, count = x.contiguous(), len(matrices)
     tokens, threads = x.shape[0], torch.get_num_threads()
-    out = torch.empty(tokens, rows)
+    out = torch.empty(tokens, sum(rows))
+    places = (_POINTER * count)(*(matrix.data_ptr() for matrix in matrices))
+    heights = (_SIZE * count)(*rows)
     failed = compiled.suri_product(
-        fmt.ggml_id, tiles.data_ptr(), rows, columns, x.data_ptr(), tokens, fine, out.data_ptr(), threads
+        fmt.ggml_id, in_rows, count, places, heights, columns, x.data_ptr(), tokens, fine, out.data_ptr(), threads
     )
     if failed:
         raise MemoryError(f"no memory for the activations of {tokens} tokens")
