@@ -111,7 +111,7 @@ def measure(pause: Pause = lambda: None) -> Machine:
         torch.set_num_threads(cores)
         step_seconds = _step_seconds(cores)
         pause()
-        rates = Rates(_bandwidth("cpu"), products, layer_seconds, _row_seconds(products, pause))
+        rates = Rates(bandwidth("cpu"), products, layer_seconds, _row_seconds(products, pause))
         pause()
     finally:
         torch.set_num_threads(threads)
@@ -273,7 +273,7 @@ def _narrow_model(layers: int, linear: Callable[[int], Linear], device: str, thr
 # memory, disk, link ---------------------------------------------------------------------------------------------------
 
 
-def _bandwidth(device: str) -> float:
+def bandwidth(device: str = "cpu") -> float:
     """Bytes per second of summing a large array."""
     data = torch.ones((1 << 28) // 8, dtype=torch.int64, device=device)
     return data.nbytes / _best(lambda: data.sum(), device, rounds=5)
@@ -332,7 +332,7 @@ def _gpus(pause: Pause) -> list[Gpu]:
         name = f"cuda:{number}"
         before = psutil.Process().memory_info().rss
         free_before, total = torch.cuda.mem_get_info(number)
-        rates = Rates(_bandwidth(name), _products(name, pause)[0], _layer_seconds(name))
+        rates = Rates(bandwidth(name), _products(name, pause)[0], _layer_seconds(name))
         link = _link(name)
         torch.cuda.empty_cache()
         taken = max(0, free_before - torch.cuda.mem_get_info(number)[0])
@@ -340,7 +340,7 @@ def _gpus(pause: Pause) -> list[Gpu]:
         title = torch.cuda.get_device_name(number)
         found.append(Gpu(name, title, total, 0, link, rates, max(Gpu("").context_bytes, taken), host))
     if not found and torch.backends.mps.is_available():
-        rates = Rates(_bandwidth("mps"), _products("mps", pause)[0], _layer_seconds("mps"))
+        rates = Rates(bandwidth("mps"), _products("mps", pause)[0], _layer_seconds("mps"))
         found.append(Gpu("mps", "Apple GPU", psutil.virtual_memory().total, rates=rates))
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from backend.settings import PROJECT, Settings
 from tests.oracle import reference_model
 
 NAME = "engine"
+PRESETS = ("starter", "starter-bf16", "starter-f32")
 PROMPT, LONG_PROMPT, REPLY, RUNS = 50, 320, 64, 5
 TEXT = "The quick brown fox jumps over the lazy dog while the old llama hums a song. " * 40
 
@@ -32,7 +34,8 @@ def run() -> dict[str, Any]:
     torch.set_num_threads(compute_threads())
     presets = PresetFolder(Settings().presets_dir)
     path = ModelFolder(Settings().models_dir).resolve("starter", PROJECT)
-    runtimes = {name: Runtime(Prepared(presets.read(name), path), 8) for name in presets.names()}
+    plain = {name: replace(presets.read(name), speculation="off") for name in PRESETS}
+    runtimes = {name: Runtime(Prepared(preset, path), 8) for name, preset in plain.items()}
     ids = next(iter(runtimes.values())).prompting.encode_text(TEXT)
     measures: dict[str, Measure] = {f"suri {name}": _ours(runtime, ids) for name, runtime in runtimes.items()}
     for label, dtype in (("bf16", torch.bfloat16), ("f32", torch.float32)):

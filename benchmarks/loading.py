@@ -48,15 +48,15 @@ def run() -> dict[str, Any]:
     return results
 
 
-def write_model(path: Path, name: str) -> Path:
-    """A GGUF file of random blocks whose scales are ordinary numbers."""
+def write_model(path: Path, name: str, layers: int = LAYERS, vocabulary: int = VOCABULARY) -> Path:
+    """A GGUF file of random blocks whose scales are ordinary numbers, with a vocabulary of made-up words."""
     kind = gguf.GGMLQuantizationType[name]
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(0)
     plain = (0.02 * random.standard_normal(1 << 20)).astype(np.float16)
     writer = gguf.GGUFWriter(path, "llama")
     numbers = {
-        "block_count": LAYERS, "context_length": 2048, "embedding_length": DIM, "feed_forward_length": FFN,
+        "block_count": layers, "context_length": 2048, "embedding_length": DIM, "feed_forward_length": FFN,
         "attention.head_count": 32,
     }  # fmt: skip
     for key, number in numbers.items():
@@ -70,10 +70,17 @@ def write_model(path: Path, name: str) -> Path:
             raw = random.integers(0, 60, (rows, columns // elements * size), dtype=np.uint8)
             writer.add_tensor(tensor, raw, raw_dtype=kind)
 
-    add("token_embd.weight", VOCABULARY, DIM)
-    add("output.weight", VOCABULARY, DIM)
+    control, ordinary = int(gguf.TokenType.CONTROL), int(gguf.TokenType.NORMAL)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"w{n}" for n in range(3, vocabulary))])
+    writer.add_token_scores([0.0] * vocabulary)
+    writer.add_token_types([control] * 3 + [ordinary] * (vocabulary - 3))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    add("token_embd.weight", vocabulary, DIM)
+    add("output.weight", vocabulary, DIM)
     writer.add_tensor("output_norm.weight", np.ones(DIM, np.float32))
-    for n in range(LAYERS):
+    for n in range(layers):
         for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
             add(f"blk.{n}.{part}.weight", DIM, DIM)
         add(f"blk.{n}.ffn_gate.weight", FFN, DIM)

@@ -10,7 +10,7 @@
 
 #include <stdlib.h>
 
-enum { TOKENS = 64 /* their sums stay in the first cache */, TURNED_BYTES = 8 << 10, FAR = 20 << 10, NEAR = 3 << 10 };
+enum { TOKENS = 128 /* their sums stay in the first cache */, SLICE = 64 /* groups */, TURNED_BYTES = 8 << 10, FAR = 20 << 10, NEAR = 3 << 10 };
 
 /* Columns 4 * from .. 4 * to of a group: whole numbers, exact, below 2^28. */
 INLINE lanes dot(struct shape shape, int fine, const struct group *group, const int8_t *x, int32_t sum, int from, int to) {
@@ -46,30 +46,80 @@ INLINE floats with_group(struct shape shape, int fine, floats sum, const struct 
     return add_group(shape, sum, group, about, whole, whole);
 }
 
-/* The same for many tokens, 16 at a time. */
-INLINE void with_group_many(struct shape shape, int fine, float *sums, const struct group *group, const int8_t *x,
-                            const struct suri_group *about, int tokens) {
-    _Alignas(64) uint8_t codes[8][64];
-    lanes first[MATRIX_TOKENS], second[MATRIX_TOKENS];
-    const int offset = shape.codes_signed ? 0 : -shape.offset;
-    for (int u = 0; u < 8; u++) store(codes[u], group->codes[u]);
-    for (int from = 0; from < tokens; from += MATRIX_TOKENS) {
-        matrix_dots(shape, fine, codes[0], x + from * (GROUP << fine), first, second);
-        for (int t = from; t < tokens && t < from + MATRIX_TOKENS; t++) {
-            const int32_t *s = about[t].sums;
-            lanes one = plus(first[t - from], all(offset * (shape.halved ? s[0] : s[0] + s[1]))), other = one;
-            if (shape.halved) other = plus(second[t - from], all(offset * s[1]));
-            store_floats(sums + t * LANES, add_group(shape, load_floats(sums + t * LANES), group, about + t, one, other));
+/* Some groups of a tile, unpacked once for all tokens. */
+struct panel {
+    _Alignas(64) int8_t codes[SLICE][8][64];
+    float scale[SLICE][LANES], second[SLICE][LANES], minimum[SLICE][LANES];
+};
+
+INLINE void fill_panel(enum format format, int ahead, const uint8_t *from, int64_t blocks, struct panel *panel) {
+    struct shape shape = shape_of(format);
+    for (int64_t at = 0; blocks; blocks--, from += LANES * shape.bytes) {
+        struct record record;
+        struct group group;
+        open_record(format, from, &record);
+        if (ahead)
+            for (int line = 0; line < LANES * shape.bytes; line += 64) __builtin_prefetch(from + FAR + line, 0, 2);
+        for (int g = 0; g < shape.groups; g++, at++) {
+            unpack(format, from, &record, g, &group);
+            for (int u = 0; u < 8; u++)
+                store(panel->codes[at][u],
+                      shape.codes_signed ? group.codes[u] : signed_codes(group.codes[u], shape.offset));
+            store_floats(panel->scale[at], group.scale);
+            if (shape.halved) store_floats(panel->second[at], group.second);
+            if (shape.minimum) store_floats(panel->minimum[at], group.minimum);
         }
     }
 }
 
-/* `blocks` records of a tile, from column block `block` on, and up to TOKENS tokens, with AMX or without. Adds to sums,
+INLINE lanes whole_sum(int fine, const struct sums *sums, int t) {
+    return fine ? plus(left(load(sums->high[t]), 7), load(sums->low[t])) : load(sums->high[t]);
+}
+
+/* 16 tokens times a panel. What lies after the last token is multiplied too: it is there, and nobody reads the result. */
+INLINE void panel_tokens(struct shape shape, int fine, const struct panel *panel, int64_t groups, const int8_t *x,
+                         const struct suri_group *about, int64_t tokens, float *sums) {
+    floats own[MATRIX_TOKENS];
+    struct sums first, second;
+    for (int t = 0; t < MATRIX_TOKENS; t++) own[t] = load_floats(sums + t * LANES);
+    for (int64_t g = 0; g < groups; g++, x += tokens * (GROUP << fine), about += tokens) {
+        matrix_dots(shape, fine, panel->codes[g][0], x, &first, &second);
+        floats scale = load_floats(panel->scale[g]), other = scale, minimum = scale;
+        if (shape.halved) other = load_floats(panel->second[g]);
+        if (shape.minimum) minimum = load_floats(panel->minimum[g]);
+#pragma GCC unroll 16
+        for (int t = 0; t < MATRIX_TOKENS; t++) { /* as add_group has it */
+            floats scaled = product(scale, to_floats(whole_sum(fine, &first, t)));
+            if (shape.halved) scaled = add_product(scaled, other, to_floats(whole_sum(fine, &second, t)));
+            own[t] = add_product(own[t], scaled, all_float(about[t].scale));
+            if (shape.minimum) own[t] = add_product(own[t], minimum, all_float(about[t].weighted));
+        }
+    }
+    for (int t = 0; t < MATRIX_TOKENS; t++) store_floats(sums + t * LANES, own[t]);
+}
+
+INLINE void records_many(enum format format, int fine, int ahead, const uint8_t *from, int64_t block, int64_t blocks,
+                         const struct suri_input *in, int64_t token, int tokens, float *sums) {
+    struct shape shape = shape_of(format);
+    struct panel panel;
+    for (int64_t left = blocks; left;) {
+        int64_t count = left < SLICE / shape.groups ? left : SLICE / shape.groups;
+        fill_panel(format, ahead, from, count, &panel);
+        for (int t = 0; t < tokens; t += MATRIX_TOKENS) {
+            int64_t at = block * shape.groups * in->tokens + token + t;
+            panel_tokens(shape, fine, &panel, count * shape.groups, in->codes + at * (GROUP << fine), in->groups + at,
+                         in->tokens, sums + t * LANES);
+        }
+        left -= count, block += count, from += count * LANES * shape.bytes;
+    }
+}
+
+/* `blocks` records of a tile, from column block `block` on, and up to TOKENS tokens, one after the other. Adds to sums,
  * which begin as zeros. Each token's sum takes the groups in the same order, however many tokens there are.
  *
  * `ahead`: what follows in memory is asked for, every line of it: far ahead into the second cache, which waits for many
  * more lines at once than the first, and near into the first. Left to the processor, reading takes a third longer. */
-INLINE void records(enum format format, int fine, int matrix, int ahead, const uint8_t *from, int64_t block,
+INLINE void records(enum format format, int fine, int ahead, const uint8_t *from, int64_t block,
                     int64_t blocks, const struct suri_input *in, int64_t token, int tokens, float *sums) {
     struct shape shape = shape_of(format);
     floats alone = load_floats(sums);
@@ -89,7 +139,6 @@ INLINE void records(enum format format, int fine, int matrix, int ahead, const u
                 }
             unpack(format, from, &record, g, &group);
             if (tokens == 1) alone = with_group(shape, fine, alone, &group, x, about);
-            else if (matrix) with_group_many(shape, fine, sums, &group, x, about, tokens);
             else
                 for (int t = 0; t < tokens; t++) {
                     floats sum = load_floats(sums + t * LANES);
@@ -103,11 +152,11 @@ INLINE void records(enum format format, int fine, int matrix, int ahead, const u
 
 INLINE void records_of(enum format format, int matrix, int ahead, const uint8_t *from, int64_t block, int64_t blocks,
                        const struct suri_input *in, int64_t token, int tokens, float *sums) {
-    if (in->tokens == 1 && in->fine) records(format, 1, 0, ahead, from, block, blocks, in, 0, 1, sums);
-    else if (in->fine && !matrix) records(format, 1, 0, ahead, from, block, blocks, in, token, tokens, sums);
-    else if (in->fine) records(format, 1, MATRIX, ahead, from, block, blocks, in, token, tokens, sums);
-    else /* with AMX only where that is used */
-        records(format, 0, MATRIX, ahead, from, block, blocks, in, token, tokens, sums);
+    if (in->tokens == 1 && in->fine) records(format, 1, ahead, from, block, blocks, in, 0, 1, sums);
+    else if (in->fine && !(MATRIX && matrix)) records(format, 1, ahead, from, block, blocks, in, token, tokens, sums);
+    else if (in->fine) records_many(format, 1, ahead, from, block, blocks, in, token, tokens, sums);
+    else if (MATRIX) records_many(format, 0, ahead, from, block, blocks, in, token, tokens, sums);
+    else records(format, 0, ahead, from, block, blocks, in, token, tokens, sums); /* coarse only where AMX is used */
 }
 
 /* The same for 16 rows as the file has them: turned into records a little at a time, which stay in the first cache. */
@@ -145,8 +194,8 @@ INLINE void tiles_of(enum format format, const struct suri_product *p, int64_t f
             if (!filled) abort();
             from = memcpy(filled, from, (size_t)(rows * row_bytes));
         }
-        for (int64_t token = 0; token < in->tokens; token += TOKENS) {
-            int tokens = in->tokens - token < TOKENS ? (int)(in->tokens - token) : TOKENS;
+        for (int64_t token = p->first; token < p->last; token += TOKENS) {
+            int tokens = p->last - token < TOKENS ? (int)(p->last - token) : TOKENS;
             memset(sums, 0, (size_t)tokens * LANES * sizeof(float));
             if (p->in_rows) rows_of(format, matrix, from, row_bytes, in, token, tokens, sums);
             else records_of(format, matrix, 1, from, 0, blocks, in, token, tokens, sums);

@@ -10,7 +10,11 @@
 
 enum { MATRIX_TOKENS = 16, MATRIX_WORTH_IT = 8 /* fewer tokens are faster one at a time */ };
 
-#if defined(__AMX_INT8__) && defined(__linux__) && !defined(SURI_PORTABLE)
+struct sums {
+    _Alignas(64) int32_t high[MATRIX_TOKENS][LANES], low[MATRIX_TOKENS][LANES];
+};
+
+#if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__linux__) && !defined(SURI_PORTABLE)
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -35,43 +39,42 @@ INLINE void matrix_begin(void) {
 
 INLINE void matrix_end(void) { _tile_release(); }
 
-/* Columns 0 .. 31, or 16 .. 31 and 0 .. 15: first (and second) get 16 vectors, one a token. `x` of token t is at
- * x + t * step; with `fine`, the low parts are 32 bytes further. */
-INLINE void matrix_dots(struct shape shape, int fine, const uint8_t *codes, const int8_t *x, lanes *first, lanes *second) {
-    _Alignas(64) int32_t high[MATRIX_TOKENS][LANES], low[MATRIX_TOKENS][LANES];
+/* Signed codes: what is taken off them is taken off before, so that sums need no correction. */
+INLINE lanes signed_codes(lanes codes, int offset) { return _mm512_sub_epi8(codes, _mm512_set1_epi8((char)offset)); }
+
+/* Columns 0 .. 31, or 16 .. 31 and 0 .. 15: first (and second) get the sums of 16 tokens, one vector a token, and of the
+ * low parts of the activations where these are `fine`. `x` of token t is at x + t * step; its low parts 32 bytes on. */
+INLINE void matrix_dots(struct shape shape, int fine, const int8_t *codes, const int8_t *x, struct sums *first,
+                        struct sums *second) {
     const int step = GROUP << fine;
-#define MULTIPLY(sum, a, b)                      \
-    if (shape.codes_signed) _tile_dpbssd(sum, a, b); \
-    else _tile_dpbsud(sum, a, b)
-#define DOTS(a, b, from, out)                                                    \
-    do {                                                                         \
-        _tile_zero(0);                                                           \
-        _tile_loadd(b, codes + (from) * LANES, 64);                              \
-        _tile_loadd(a, x + (from), step);                                        \
-        MULTIPLY(0, a, b);                                                       \
-        _tile_stored(0, high, 64);                                               \
-        if (fine) {                                                              \
-            _tile_zero(1);                                                       \
-            _tile_loadd(a, x + GROUP + (from), step);                            \
-            MULTIPLY(1, a, b);                                                   \
-            _tile_stored(1, low, 64);                                            \
-        }                                                                        \
-        for (int t = 0; t < MATRIX_TOKENS; t++)                                  \
-            out[t] = fine ? plus(left(load(high[t]), 7), load(low[t])) : load(high[t]); \
+#define DOTS(a, b, from, out)                      \
+    do {                                           \
+        _tile_zero(0);                             \
+        _tile_loadd(b, codes + (from) * LANES, 64); \
+        _tile_loadd(a, x + (from), step);          \
+        _tile_dpbssd(0, a, b);                     \
+        _tile_stored(0, (out)->high, 64);          \
+        if (fine) {                                \
+            _tile_zero(1);                         \
+            _tile_loadd(a, x + GROUP + (from), step); \
+            _tile_dpbssd(1, a, b);                 \
+            _tile_stored(1, (out)->low, 64);       \
+        }                                          \
     } while (0)
     if (shape.halved) {
         DOTS(4, 5, 0, first);
         DOTS(4, 5, 16, second);
     } else DOTS(2, 3, 0, first);
 #undef DOTS
-#undef MULTIPLY
 }
 #else
 enum { MATRIX = 0 };
 INLINE int matrix_allowed(void) { return 0; }
 INLINE void matrix_begin(void) {}
 INLINE void matrix_end(void) {}
-INLINE void matrix_dots(struct shape shape, int fine, const uint8_t *codes, const int8_t *x, lanes *first, lanes *second) {
+INLINE lanes signed_codes(lanes codes, int offset) { return (void)offset, codes; }
+INLINE void matrix_dots(struct shape shape, int fine, const int8_t *codes, const int8_t *x, struct sums *first,
+                        struct sums *second) {
     (void)shape, (void)fine, (void)codes, (void)x, (void)first, (void)second;
 }
 #endif

@@ -7,6 +7,7 @@
 #include "pool.h"
 
 enum { CHUNK_BYTES = 96 << 10,
+       INPUT_BYTES = 1 << 20,
        SLACK = 64 + MATRIX_TOKENS * 2 * GROUP /* alignment, and tokens that matrix_dots reads after the last ones */ };
 
 const char *suri_vectors(void) { return SURI_VECTORS; }
@@ -95,7 +96,14 @@ void suri_product_of(const struct suri_product *p, int threads) {
     /* Pieces that take some microseconds, and several for each thread. */
     int64_t chunk = CHUNK_BYTES / tile_bytes, most = tiles / (4 * threads);
     if (chunk > most) chunk = most;
-    suri_parallel(threads, tiles, chunk < 1 ? 1 : chunk, part, p);
+    /* So many tokens at a time that their codes stay in the second cache while all weights pass by. */
+    int64_t tokens = p->input->tokens, at_once = INPUT_BYTES / (p->columns << p->input->fine) / MATRIX_TOKENS * MATRIX_TOKENS;
+    if (at_once < 2 * MATRIX_TOKENS) at_once = 2 * MATRIX_TOKENS;
+    for (int64_t first = 0; first < tokens; first += at_once) {
+        struct suri_product some = *p;
+        some.first = first, some.last = first + at_once < tokens ? first + at_once : tokens;
+        suri_parallel(threads, tiles, chunk < 1 ? 1 : chunk, part, &some);
+    }
 }
 
 struct quantising {
@@ -120,7 +128,7 @@ int suri_product(int format, int in_rows, int parts, const uint8_t *const *matri
     int64_t stride = 0;
     for (int n = 0; n < parts; n++) stride += rows[n];
     for (int n = 0; n < parts; out += rows[n++]) {
-        struct suri_product p = {format, rows[n], columns, matrices[n], &input, out, stride, in_rows};
+        struct suri_product p = {format, rows[n], columns, matrices[n], &input, out, stride, 0, 0, in_rows};
         suri_product_of(&p, threads);
     }
     free(memory);
@@ -131,6 +139,6 @@ static void values_part(const void *argument, int64_t first, int64_t last) { val
 
 /* The weight as float32 values, (rows, columns). */
 void suri_values(int format, const uint8_t *tiles, int64_t rows, int64_t columns, float *out, int threads) {
-    struct suri_product p = {format, rows, columns, tiles, 0, out, columns, 0};
+    struct suri_product p = {format, rows, columns, tiles, 0, out, columns, 0, 0, 0};
     suri_parallel(threads, tiles_in(rows), 4, values_part, &p);
 }

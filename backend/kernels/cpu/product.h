@@ -29,6 +29,7 @@ struct suri_product {
     const struct suri_input *input;
     float *out; /* (tokens, rows), each token's `stride` values after the last one's */
     int64_t stride;
+    int64_t first, last; /* tokens */
     int in_rows; /* `tiles` are rows as the file has them; slower, by what turning them into tiles takes in the cache */
 };
 
