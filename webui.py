@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -22,6 +23,7 @@ from backend.errors import StartError, UserError
 from backend.runtime import Prepared
 from backend.service import Service
 from backend.settings import Settings
+from backend.units import parse_bytes
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -33,6 +35,7 @@ def main() -> int:
     if arguments.list_presets:
         for info in service.presets():
             print(f"{info.name:20} {info.error or f'{info.title} ({info.needs})'}")
+        service.close()  # it may be measuring this machine in the background
         return 0
     listener = _listen(settings)  # first of all: a taken port should not cost a download
     preset = chosen(service, arguments)
@@ -55,9 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--api-key", metavar="KEY", action="append", default=[], help="key that programs must send; may be repeated")
     add("--admin-key", metavar="KEY", help="key that programs must send to load presets (default: any --api-key)")
     add("--data-dir", type=Path, default=defaults.data_dir, help="where settings and chats are kept")
+    add("--cache-disk", metavar="SIZE", default="256MiB",
+        help="of the data folder, for what models had read when the server ended; off: keep nothing "
+        "(default: %(default)s)")  # fmt: skip
     add("--models-dir", type=Path, default=defaults.models_dir, help="where models are kept")
     add("--presets-dir", type=Path, default=defaults.presets_dir, help="where presets are read from")
     add("--list-presets", action="store_true", help="print the presets and end")
+    add(
+        "--drain-seconds", type=float, default=defaults.drain_seconds, metavar="N",
+        help="how long running replies may take when the server ends or their model goes (default: %(default)s)",
+    )  # fmt: skip
     add("--api-only", action="store_true", help="serve programs only, without the page")
     return parser
 
@@ -67,12 +77,14 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         host=arguments.host,
         port=arguments.port,
         data_dir=arguments.data_dir.resolve(),
+        cache_disk=_cache_disk(arguments.cache_disk),
         models_dir=arguments.models_dir.resolve(),
         presets_dir=arguments.presets_dir.resolve(),
         api_keys=tuple(arguments.api_key),
         admin_key=arguments.admin_key,
         logins=_logins(arguments.auth),
         api_only=arguments.api_only,
+        drain_seconds=arguments.drain_seconds,
     )
     guarded = settings.api_keys and (settings.logins or settings.api_only)
     if settings.host not in LOOPBACK and not guarded:
@@ -80,6 +92,13 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             f"--host {settings.host} lets other machines in, so the page needs --auth FILE and programs --api-key KEY"
         )
     return settings
+
+
+def _cache_disk(size: str) -> int:
+    try:
+        return 0 if size in ("off", "0") else parse_bytes(size)
+    except ValueError as error:
+        raise StartError(f"--cache-disk {size}: {error}, or off") from None
 
 
 def _logins(path: Path | None) -> tuple[tuple[str, str], ...]:
@@ -150,13 +169,27 @@ def _serve(service: Service, settings: Settings, listener: socket.socket) -> Non
 
 
 class _Server(uvicorn.Server):
-    """Ends the replies before the connections, so that whoever reads one gets its end and not a cut."""
+    """Lets replies come to their end, or ends them, before the connections: whoever reads one gets its end, not a cut.
+
+    The first signal takes no new requests and waits for those that are being answered; a second one waits no longer.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+            threading.Thread(target=self._service.close, name="close", daemon=True).start()
+        super().handle_exit(sig, frame)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        status = await asyncio.to_thread(self._service.status)
+        if status.running + status.waiting and not self.force_exit:
+            words = f"up to {self._service.settings.drain_seconds:.0f} s for running replies; once more ends it now"
+            print(f"suri: waiting {words}", file=sys.stderr, flush=True)
+            await asyncio.to_thread(self._service.drain)
         await asyncio.to_thread(self._service.close)
         await super().shutdown(sockets)
 

@@ -11,8 +11,8 @@ from backend.events import Measured, PresetInfo
 from backend.headers import Headers, read_headers
 from backend.models import ModelFolder
 from backend.placement.machine import Machine
-from backend.placement.plan import Plan, nearest_that_fits, plan
-from backend.presets import Preset, PresetFolder
+from backend.placement.plan import Plan, nearest_that_fits, plan, with_draft, without
+from backend.presets import DraftPreset, Preset, PresetFolder
 from backend.room import Held, fits
 from backend.settings import PROJECT
 from backend.units import show_bytes
@@ -86,7 +86,14 @@ class Catalog:
         if found is None:
             if len(self._plans) >= KEPT:
                 self._plans.clear()
-            found = self._plans[key] = plan(preset, headers.config, headers.tensors, machine)
+            draft = preset.speculation
+            if isinstance(draft, DraftPreset):
+                beside, _ = self._planned(self._presets.read(draft.name), machine)
+                own = plan(preset, headers.config, headers.tensors, without(machine, beside))
+                found = with_draft(own, beside)
+            else:
+                found = plan(preset, headers.config, headers.tensors, machine)
+            self._plans[key] = found
         return found, headers
 
     def _headers_of(self, preset: Preset) -> Headers:

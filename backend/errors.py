@@ -55,6 +55,12 @@ class CheckpointError(UserError):
     code = "invalid_checkpoint"
 
 
+class SavedCacheError(UserError):
+    """A saved KV cache that cannot be written or used. Nothing is lost but the time to read its text again."""
+
+    code = "invalid_cache"
+
+
 class DownloadError(UserError):
     """A model that could not be fetched, or arrived damaged."""
 

@@ -23,6 +23,9 @@ class Stats:
     seconds_to_first_token: float | None = None
     decode_seconds: float = 0.0  # from the first token to the latest
     context: int = 0  # tokens that fit in the context
+    shifted_tokens: int = 0  # of the middle, not read any more: the context was full while the reply was written
+    drafted_tokens: int = 0  # guesses of coming tokens that were evaluated
+    accepted_tokens: int = 0  # of these, the right ones: each saved a step
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -33,7 +36,17 @@ class Stats:
 
     @property
     def used_tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
+        """Of the context."""
+        return self.prompt_tokens + self.completion_tokens - self.shifted_tokens
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """What the model thought of one token of a prompt: natural log, rank (1: the likeliest), the likeliest tokens."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,10 @@ class Status:
     free_bytes: int = 0  # memory of the device that is free
     cache_tokens: int = 0  # tokens that the KV cache holds for all chats together
     cache_free_tokens: int = 0  # of these, what new text may take without pushing a running reply out
+    cache_blocks_in_use: int = 0  # held by running requests
+    cache_blocks_cached: int = 0  # that nobody holds, kept for whoever begins like this
+    cache_blocks_free: int = 0  # that hold nothing
+    cache_blocks_host: int = 0  # in the host tier
     loading: LoadProgress | None = None  # set while another preset is on its way
     loading_preset: str | None = None
     next_presets: tuple[str, ...] = ()  # loads that wait for their turn, in order

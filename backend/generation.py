@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
-from backend.events import Chunk, FinishReason, Stats
+from backend.events import Chunk, FinishReason, PromptScore, Stats
 from backend.text.stream import TextStream
 
 
@@ -20,6 +20,9 @@ class EngineRequest(Protocol):
     """What a generation needs to know of the engine's request."""
 
     id: str
+
+    @property
+    def prompt_scores(self) -> Sequence[PromptScore]: ...
 
     def stats(self) -> Stats: ...
 
@@ -37,6 +40,7 @@ class Generation:
     ) -> None:
         self.id = ""
         self.model = ""  # id of the model that answers, as programs know it
+        self.left_out = 0  # messages of the chat that are not read any more, because the context is full
         self.begin(token_bytes, stop, prompt_ids, trim_start=trim_start)
         self._request: EngineRequest | None = None
         self._cancel: Callable[[], None] = lambda: None
@@ -86,6 +90,11 @@ class Generation:
     def stats(self) -> Stats:
         """How things stand now, also between chunks."""
         return self._request.stats() if self._request else Stats()
+
+    @property
+    def prompt_scores(self) -> Sequence[PromptScore]:
+        """Of the prompt's tokens from the second on, where asked for; all of them are here before the first token."""
+        return self._request.prompt_scores if self._request else ()
 
     @property
     def finished(self) -> bool:

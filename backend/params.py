@@ -186,11 +186,30 @@ class GenerationParams:
         0, "int", "Shortest reply", "The model cannot end the reply before this many tokens.",
         group="Stopping", neutral=0, low=0, high=131072,
     )  # fmt: skip
+    context_shift: bool = declare(
+        False, "bool", "Go on when the context is full",
+        "The model forgets the middle of the text and goes on to the reply length, instead of ending there.",
+        group="Stopping", neutral=False,
+    )  # fmt: skip
+    keep_tokens: int = declare(
+        -1, "int", "Never forgotten", "How many tokens at the beginning are kept then; -1 keeps the whole prompt.",
+        group="Stopping", neutral=-1, low=-1, high=131072,
+    )  # fmt: skip
     max_tokens_per_second: float = declare(
         0.0, "float", "Speed limit", "Most tokens in a second, for reading along; 0 is as fast as it goes.",
         group="Stopping", neutral=0.0, low=0.0, high=1000.0, step=0.5,
     )  # fmt: skip
 
+    guidance_scale: float = declare(
+        1.0, "float", "Guidance",
+        "Above 1, the reply is led away from what the negative prompt would make it. Twice the work.",
+        group="Rules", neutral=1.0, low=0.0, high=20.0, step=0.05,
+    )  # fmt: skip
+    negative_prompt: str = declare(
+        "", "text", "Negative prompt",
+        "What guidance leads away from: in a chat another system prompt, else a text in place of the prompt.",
+        group="Rules", neutral="", high=100_000,
+    )  # fmt: skip
     logit_bias: tuple[tuple[int, float], ...] = declare(
         (), "biases", "Logit bias", "Added to a token's logit; -100 bans it. One per line: token id, colon, number.",
         group="Rules", neutral=(), low=-100.0, high=100.0,

@@ -24,7 +24,8 @@ DEVICES = ("auto", "cuda", "mps", "cpu")  # and cuda:N; auto: the first of the o
 PLACEMENTS = ("auto", "gpu", "cpu", "offload-all", "offload-ff", "offload-attention")
 # Weights that `placement: {resident: [...]}` can name: those of the layers, and the two large tables.
 RESIDENT = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output", "tok_embeddings")
-KV_CACHES = ("auto", "f32", "bf16", "f16")
+KV_CACHES = ("auto", "f32", "bf16", "f16", "int8")
+SPECULATION = ("auto", "off")  # guess coming tokens from the chat itself, where that pays; or never
 # auto: the model's own, else what its vocabulary or name says. The others are those of backend/text/formats.py.
 PROMPT_FORMATS = (
     "auto", "llama-2", "llama-3", "alpaca", "vicuna-v0", "vicuna-v1.1", "koala", "chatml", "mistral", "mistral-v1",
@@ -33,6 +34,13 @@ PROMPT_FORMATS = (
 # Numbers of a model that may be corrected, and their ranges.
 OVERRIDES = {"norm_eps": (1e-12, 1e-1), "rope_theta": (1.0, 1e15), "rope_factor": (1e-3, 1e6), "context": (64, 1 << 24)}
 _CUDA = re.compile(r"cuda:(0|[1-9][0-9]?)")
+
+
+@dataclass(frozen=True)
+class DraftPreset:
+    """Another preset, of a small model with the same vocabulary, that guesses what this one will say."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -50,14 +58,16 @@ class Preset:
     context: int | None = None  # tokens of one chat; None: what the model was made for
     kv_cache: str = "auto"  # type of cached keys and values; auto: f32 for f32 weights, else bf16
     kv_tokens: int | None = None  # tokens the cache holds for all chats together; None: twice the context
+    cache_ram: int | None = None  # bytes of memory for blocks that had to leave the cache; None: for us to say
     prompt_format: str = "auto"  # one of PROMPT_FORMATS, or FILE.jinja
+    speculation: str | DraftPreset = "auto"  # one of SPECULATION, or who guesses; it never changes what is said
     overrides: tuple[tuple[str, float], ...] = ()  # numbers that the model's files leave out, by name: OVERRIDES
     lora: tuple[str, ...] = ()  # adapters on top of the model, each PATH or PATH=STRENGTH
     sampling: GenerationParams = field(default_factory=GenerationParams)
 
 
 _KEYS = tuple(f.name for f in dataclasses.fields(Preset) if f.name != "name") + ("extends",)
-_CHOICES = {"weights": WEIGHTS, "kv_cache": KV_CACHES}
+_CHOICES = {"weights": WEIGHTS, "kv_cache": KV_CACHES, "speculation": SPECULATION}
 
 
 class PresetFolder:
@@ -86,6 +96,10 @@ class PresetFolder:
         values = self._merged(path, seen)
         if "model" not in values:
             raise PresetError(f"{path}: the key 'model' is missing; it says which model to run")
+        draft, known = values.get("speculation"), self.names()
+        if isinstance(draft, DraftPreset) and (draft.name not in known or draft.name == path.stem):
+            what = "itself" if draft.name == path.stem else f"no preset here{nearest(draft.name, known)}"
+            raise PresetError(f"{path}: speculation: draft '{draft.name}' is {what}")
         sampling = GenerationParams.from_mapping(values.pop("sampling", {}))
         return Preset(name=path.stem, sampling=sampling, **values)
 
@@ -123,7 +137,11 @@ def _checked_values(path: Path, values: dict[Any, Any]) -> dict[str, Any]:
 def _checked_value(path: Path, key: str, value: Any) -> Any:
     if key in ("context", "kv_tokens"):
         return _checked_tokens(path, key, value)
-    if key in ("vram", "ram"):
+    if key == "speculation" and not isinstance(value, str):
+        return _checked_speculation(path, value)
+    if key == "cache_ram" and value in ("off", 0):  # YAML takes a plain `off` for False, which is 0
+        return 0
+    if key in ("vram", "ram", "cache_ram"):
         return _checked_budget(path, key, value)
     if key == "placement":
         return _checked_placement(path, value)
@@ -157,6 +175,14 @@ def _checked_value(path: Path, key: str, value: Any) -> Any:
     if key == "prompt_format" and value.endswith(".jinja") and (path.parent / value).is_file():
         return str(path.parent / value)  # beside the preset
     return value
+
+
+def _checked_speculation(path: Path, value: Any) -> str | DraftPreset:
+    if value is False:  # what YAML takes a plain `off` for
+        return "off"
+    if isinstance(value, dict) and list(value) == ["draft"] and isinstance(value["draft"], str):
+        return DraftPreset(value["draft"])
+    raise PresetError(f"{path}: speculation is {value!r}, expected one of {_listed(SPECULATION)} or {{draft: PRESET}}")
 
 
 def _checked_overrides(path: Path, value: Any) -> tuple[tuple[str, float], ...]:

@@ -6,6 +6,7 @@ No torch, no weights: a tokenizer and a prompt format.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from backend.errors import ParameterError, PresetError
@@ -50,6 +51,17 @@ class Prompting:
         for segment in guard.split(text):
             segments += [segment] if segment.control else [Segment(part) for part in cut(segment.text)]
         return self.tokenizer.with_start(self.tokenizer.encode_segments(segments))
+
+    def message_size(self, message: Message) -> int:
+        """About how many tokens a message adds to a chat, rather too many. Always the same for the same message."""
+        return self._around_a_message + sum(len(self.tokenizer.encode(part)) for part in cut(message.content))
+
+    @cached_property
+    def _around_a_message(self) -> int:
+        """Tokens that the format puts around one message, rounded up, and one more for the seams."""
+        turn = [Message("user", "a"), Message("assistant", "a")]
+        once, twice = (len(self.encode_chat(turn * times, generation_prompt=False)) for times in (1, 2))
+        return -(-(twice - once) // 2)
 
     def encode_text(self, text: str) -> list[int]:
         """A raw prompt: nothing added but the begin token, where the vocabulary wants one."""

@@ -63,6 +63,7 @@ class ModelSource:
         try:
             if not blocks.extend(lease, len(window)):
                 raise ParameterError(f"the cache is too small for windows of {len(window)} tokens; set kv_tokens")
+            runner.copy_blocks(blocks.take_moves())
             for start in range(0, len(window), CHUNK):
                 end = min(len(window), start + CHUNK)
                 # The last token's row would say what comes after the window.

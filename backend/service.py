@@ -10,21 +10,25 @@ import psutil
 
 from backend.catalog import Catalog
 from backend.checkpoint.lora import parse_adapter
+from backend.errors import UserError
 from backend.events import LoadProgress, Measured, PresetInfo, Status
 from backend.generation import Generation
+from backend.metrics import Distribution, Family, Records
 from backend.models import ModelFolder
 from backend.params import GenerationParams
 from backend.placement.machine import Machine
-from backend.presets import Preset, PresetFolder
+from backend.presets import DraftPreset, Preset, PresetFolder
 from backend.room import Held
 from backend.runtime import Prepared, Runtime
 from backend.settings import PROJECT, Settings
 from backend.speeds import Speeds
+from backend.store.caches import CacheFolder
 from backend.store.measurements import Measurements
 from backend.store.measurements import this_machine as measured_here
 from backend.store.sampling_sets import SamplingSets
 from backend.switch import Switch
 from backend.text.messages import Message
+from backend.waiting import Ask
 
 Progress = Callable[[LoadProgress], None]
 
@@ -44,8 +48,14 @@ class Service:
         self._catalog = Catalog(self._presets, self._models, self.measurements)
         self._measured = Measurements(settings.data_dir / "measurements.json")
         self._sets = SamplingSets(settings.data_dir / "sampling_sets.json")
+        self._records = Records()
         self._switch = Switch(
-            settings.max_waiting, settings.drain_seconds, machine or self._speeds.for_a_load, self._catalog.suggest
+            settings.max_waiting,
+            settings.drain_seconds,
+            machine or self._speeds.for_a_load,
+            self._catalog.suggest,
+            self._records,
+            CacheFolder(settings.data_dir / "cache", settings.cache_disk) if settings.cache_disk else None,
         )
         self._process = psutil.Process()
 
@@ -100,10 +110,12 @@ class Service:
     def prepare(self, preset: Preset, progress: Progress = lambda _: None) -> Prepared:
         """Find (or fetch) the model and check its headers: everything that can go wrong before loading."""
         adapters = [parse_adapter(entry) for entry in preset.lora]
+        draft = preset.speculation
         return Prepared(
             preset,
             self._models.resolve(preset.model, PROJECT, progress),
             [(self._models.resolve(place, PROJECT, progress), strength) for place, strength in adapters],
+            self.prepare(self._presets.read(draft.name), progress) if isinstance(draft, DraftPreset) else None,
         )
 
     def read_preset(self, name_or_file: str) -> Preset:
@@ -119,7 +131,7 @@ class Service:
         runtime = switch.runtime
         loading = switch.loading
         if switch.closed:
-            holder = Status("stopped")
+            holder = replace(runtime.status(), state="stopped") if runtime else Status("stopped")
         elif runtime is not None:
             holder = runtime.status()
         else:
@@ -137,32 +149,66 @@ class Service:
     # replies ----------------------------------------------------------------------------------------------------------
 
     def chat(
-        self, messages: Sequence[Message], params: GenerationParams, *, top_logprobs: int | None = None
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        *,
+        top_logprobs: int | None = None,
+        trim: bool = False,
+        score_prompt: bool = False,
+        person: str = "",
     ) -> Generation:
         """Answer a chat. Raises UserError before anything runs when it cannot be answered.
 
         While one model makes room for another, the reply waits for the next one, and is tokenised for it.
         `top_logprobs`: with it, log probabilities come too, and those of this many likeliest tokens at each place.
+        `trim`: a chat that has outgrown the context is read without its oldest turns; `left_out` of the reply says so.
+        `score_prompt`: log probabilities of the prompt, too. `person`: who asks, of `persons`; people share the engine
+        evenly, however much each of them asks.
         """
 
         def ask(runtime: Runtime, generation: Generation | None = None) -> Generation:
-            return runtime.start_chat(messages, params, generation=generation, top_logprobs=top_logprobs)
+            return runtime.start_chat(
+                messages, params, generation=generation, top_logprobs=top_logprobs, trim=trim,
+                score_prompt=score_prompt, person=person,
+            )  # fmt: skip
 
-        return self._switch.start(ask)
+        return self._start(ask)
 
     def complete(
-        self, prompt: str | Sequence[int], params: GenerationParams, *, top_logprobs: int | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: GenerationParams,
+        *,
+        top_logprobs: int | None = None,
+        score_prompt: bool = False,
+        only_prompt: bool = False,
+        person: str = "",
     ) -> Generation:
-        """Continue raw text, or token ids as they are. Waits like `chat`."""
+        """Continue raw text, or token ids as they are; `only_prompt`: only read it. Waits like `chat`."""
 
         def ask(runtime: Runtime, generation: Generation | None = None) -> Generation:
-            return runtime.start_text(prompt, params, generation=generation, top_logprobs=top_logprobs)
+            return runtime.start_text(
+                prompt, params, generation=generation, top_logprobs=top_logprobs, score_prompt=score_prompt,
+                only_prompt=only_prompt, person=person,
+            )  # fmt: skip
 
-        return self._switch.start(ask)
+        return self._start(ask)
 
     def count_chat(self, messages: Sequence[Message]) -> int:
         """Tokens of a chat's prompt as the model would read it, without the opening of a reply."""
         return len(self.runtime().prompting.encode_chat(messages, generation_prompt=False)) if messages else 0
+
+    def save_cache(self, path: Path, messages: Sequence[Message], person: str = "") -> int:
+        """Write what the model has read and said of a chat to a file beside it, so that it need not be read again after
+        a restart. Returns tokens; 0: nothing is cached, and no file is written. Raises UserError."""
+        runtime = self.runtime()
+        return runtime.save_cache(path, runtime.prompting.encode_chat(messages, generation_prompt=False), person)
+
+    def load_cache(self, path: Path, person: str = "") -> int:
+        """Put what `save_cache` wrote back. Returns tokens. Raises SavedCacheError, and changes nothing, for a file
+        that is damaged, or was made with another model or another way to run it."""
+        return self.runtime().load_cache(path, person)
 
     def count_text(self, text: str) -> int:
         return len(self.runtime().prompting.encode_text(text)) if text else 0
@@ -189,7 +235,24 @@ class Service:
     def delete_sampling_set(self, name: str) -> None:
         self._sets.delete(name)
 
+    # numbers for whoever watches --------------------------------------------------------------------------------------
+
+    def metrics(self) -> list[Family | Distribution]:
+        """What is now, and what happened since the server started."""
+        return self._records.families(self.status(), self._switch.totals())
+
+    def _start(self, ask: Ask) -> Generation:
+        try:
+            return self._switch.start(ask)
+        except UserError as error:
+            self._records.refused(error)
+            raise
+
     # ends -------------------------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Take no new requests, and wait for those that were asked for, as long as the settings say."""
+        self._switch.drain(self.settings.drain_seconds)
 
     def close(self) -> None:
         """Stop all replies and let the model go."""

@@ -23,4 +23,5 @@ class Settings:
     admin_key: str | None = field(default=None, repr=False)  # that programs must send to load presets; None: any key
     api_only: bool = False
     max_waiting: int = 64  # requests that may wait for the engine before new ones are refused
-    drain_seconds: float = 30.0  # that running replies have to finish, when their model must make room for another
+    cache_disk: int = 0  # bytes of `data_dir`/cache: what models had read when they went, found again when they come
+    drain_seconds: float = 30.0  # that running replies have to finish, when their model or the server goes

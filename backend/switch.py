@@ -21,15 +21,18 @@ from backend.errors import EngineError, LoadCancelled, NotReadyError, OutOfMemor
 from backend.events import LoadProgress
 from backend.generation import Generation
 from backend.memory import give_back, is_allocation_failure, without_frames
+from backend.metrics import Records, Totals
 from backend.params import GenerationParams
 from backend.placement.machine import Machine
 from backend.room import Held, Suggest, fits, ran_out, too_large
 from backend.runtime import Prepared, Runtime
+from backend.store.caches import CacheFolder
 from backend.turns import Report, Ticket, Turns
 from backend.waiting import Ask, WaitingLine
 
 Progress = Callable[[LoadProgress], None]
 Result = TypeVar("Result")
+STOPPING = "the server is being stopped"
 LOOK = 0.02  # seconds between looks at replies that are being finished
 
 log = logging.getLogger(__name__)
@@ -44,10 +47,14 @@ class Switch:
         drain_seconds: float,
         machine: Callable[[], Machine],
         suggest: Suggest,
+        records: Records | None = None,
+        caches: CacheFolder | None = None,
     ) -> None:
-        """`machine`: how things are now. `suggest`: a preset that fits into such a machine, for refusals."""
+        """`machine`: how things are now. `suggest`: a preset that fits into such a machine, for refusals. `records`:
+        what every model tells of its requests. `caches`: where models find again what they had read."""
+        self._caches = caches
         self._max_waiting, self._drain_seconds = max_waiting, drain_seconds
-        self._machine, self._suggest = machine, suggest
+        self._machine, self._suggest, self._records = machine, suggest, records
         self._turns = Turns()
         self._lock = threading.Lock()  # guards the two below together
         self._runtime: Runtime | None = None
@@ -55,7 +62,7 @@ class Switch:
         self._line = WaitingLine(max_waiting)
         self._draining: list[Runtime] = []  # replaced, finishing their replies
         self._coming: GenerationParams | None = None
-        self._closed = False
+        self._closed = self._ending = False
         self.loading: LoadProgress | None = None
         self.error: str | None = None  # why the last load failed
 
@@ -72,7 +79,8 @@ class Switch:
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        """Nothing new is taken any more."""
+        return self._closed or self._ending
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,6 +96,8 @@ class Switch:
         """Start a request on what answers now; while a model makes room for another, put it in line for that one."""
         while True:
             with self._lock:
+                if self.closed:
+                    raise NotReadyError(STOPPING)
                 if self._gap:
                     return self._line.add(ask)
                 runtime = self._runtime
@@ -129,13 +139,21 @@ class Switch:
         """Cancel the load that is being carried out, or those of the preset `name`. False: there is none."""
         return self._turns.cancel(name)
 
+    def drain(self, seconds: float) -> None:
+        """Take nothing new, and wait until what was asked for is answered, no longer than this. `close` ends it."""
+        self._turns.close()
+        self._ending = True
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._closed and (self._busy() or len(self._line)):
+            time.sleep(LOOK)
+
     def close(self) -> None:
         """Stop all replies, loads and waiting requests, and let the model go."""
         self._turns.close()
         with self._lock:
             self._closed, self._gap = True, False
             runtime, self._runtime = self._runtime, None
-        self._line.fail(NotReadyError("the server is being stopped"))
+        self._line.fail(NotReadyError(STOPPING))
         for each in [*self._draining, *([runtime] if runtime else [])]:
             each.close(drain=False)
 
@@ -183,7 +201,7 @@ class Switch:
         self._coming = previous.preset.sampling
         label = previous.preset.title or previous.preset.name
         again = report.restoring(label)
-        back = self._attempt(previous.preset.name, lambda: Runtime(previous, self._max_waiting, again), previous)
+        back = self._attempt(previous.preset.name, lambda: self._runtime_of(previous, again), previous)
         if isinstance(back, Runtime):
             self._put(back)
             return loaded
@@ -213,11 +231,14 @@ class Switch:
         log.exception("loading %s failed", name)
         return EngineError(f"preset {name} could not be loaded: {type(error).__name__}: {error}")
 
+    def _runtime_of(self, prepared: Prepared, progress: Progress) -> Runtime:
+        return Runtime(prepared, self._max_waiting, progress, self._records, self._caches)
+
     def _made(self, prepared: Prepared, ticket: Ticket, report: Progress) -> Runtime:
         # Measured now, because what an unloaded model leaves in the process (libraries, first pages) is not in a plan.
         process = self._held().given_back(self._machine()).process_bytes
         prepared.plan = replace(prepared.plan, ram_bytes=process + prepared.plan.extra_ram_bytes)
-        runtime = Runtime(prepared, self._max_waiting, report)
+        runtime = self._runtime_of(prepared, report)
         if ticket.cancelled:
             runtime.close(drain=False)
             ticket.check()
@@ -265,7 +286,7 @@ class Switch:
         deadline, told = time.monotonic() + self._drain_seconds, 0
         while time.monotonic() < deadline and not self._closed:
             ticket.check()
-            busy = sum(runtime.worker.running + runtime.worker.waiting for runtime in self._models())
+            busy = self._busy()
             if not busy:
                 return
             if busy != told:
@@ -295,6 +316,14 @@ class Switch:
         self._draining.remove(runtime)
         del runtime
         give_back()
+
+    def totals(self) -> list[Totals]:
+        """What each loaded model has counted."""
+        return [runtime.totals() for runtime in self._models()]
+
+    def _busy(self) -> int:
+        """Requests that some model is answering, or has in its line."""
+        return sum(runtime.worker.running + runtime.worker.waiting for runtime in self._models())
 
     def _models(self) -> list[Runtime]:
         runtime = self._runtime

@@ -11,7 +11,7 @@ import threading
 from typing import Protocol
 
 from backend.errors import BusyError, EngineError, UserError
-from backend.events import Stats
+from backend.events import PromptScore, Stats
 from backend.generation import Generation
 from backend.runtime import Runtime
 
@@ -87,6 +87,7 @@ class _Waiting:
 
     def __init__(self, id: str, ask: Ask, line: WaitingLine) -> None:
         self.id, self.ask, self._line = id, ask, line
+        self.prompt_scores: tuple[PromptScore, ...] = ()
         self.cancelled = False
         self.generation = Generation.waiting()
 

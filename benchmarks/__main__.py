@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import engine, gpu, kernels, loading, modes, offload, page, record
+from benchmarks import engine, gpu, kernels, llamacpp, loading, modes, offload, page, people, record, speculation
 
-BENCHMARKS = {module.NAME: module for module in (engine, gpu, kernels, loading, modes, offload, page)}
+BENCHMARKS = {
+    module.NAME: module
+    for module in (engine, gpu, kernels, llamacpp, loading, modes, offload, page, people, speculation)
+}
 
 
 def main() -> int:

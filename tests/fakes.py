@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from backend.errors import BusyError, LoadCancelled, NotReadyError, PresetError, UserError
-from backend.events import LoadProgress, Measured, PresetInfo, Stats, Status
+from backend.events import LoadProgress, Measured, PresetInfo, PromptScore, Stats, Status
 from backend.generation import Generation
+from backend.metrics import Distribution, Family, Records
 from backend.params import GenerationParams
 from backend.text.messages import Message
 
@@ -20,6 +21,7 @@ class FakeRequest:
         self.id = id
         self.cancelled = threading.Event()
         self.top_logprobs: int | None = None
+        self.prompt_scores: list[PromptScore] = []
         self._stats = Stats(prompt_tokens=prompt_tokens, context=2048)
 
     def stats(self) -> Stats:
@@ -38,6 +40,10 @@ class FakeService:
         self.fail_next: UserError | None = None
         self.fail_load: UserError | None = None
         self.load_seconds = 0.2
+        # Where a test looks at what is in the middle, that waits for the test, however slow the machine is.
+        self.hold_load: threading.Event | None = None  # a load stops in its middle until this is set
+        self.hold_prefill: threading.Event | None = None  # in place of prefill_delay
+        self.hold_at: tuple[int, threading.Event] | None = None  # a reply stops before this token
         self.measured: list[Measured | None] | None = None  # in place of the rows' own
         self.further: list[PresetInfo] = []
         self.gap = False  # whether a load first unloads what answers
@@ -45,6 +51,9 @@ class FakeService:
         self.requests: list[FakeRequest] = []
         self.asked: list[object] = []
         self.params: list[GenerationParams] = []
+        self.people: list[str] = []
+        self.count_chat_asked: list[tuple[Message, ...]] = []
+        self.left_out = 0  # messages that are not read where that is allowed
         self.sets: dict[str, GenerationParams] = {}
         self._numbers = itertools.count(1)
         self._status = Status(
@@ -89,6 +98,8 @@ class FakeService:
                     if progress:
                         progress(now)
                     time.sleep(self.load_seconds / 5)
+                    while step == 3 and self.hold_load and not self._cancelled and not self.hold_load.wait(0.02):
+                        pass
                     if self._cancelled:
                         raise LoadCancelled(f"loading '{name}' was cancelled")
                 before = replace(before, state="ready", preset=name, title=titles[name])
@@ -106,6 +117,9 @@ class FakeService:
         running = sum(1 for request in self.requests if request.stats().phase != "done")
         return replace(self._status, running=running)
 
+    def metrics(self) -> list[Family | Distribution]:
+        return Records().families(self.status(), [])
+
     def set_status(self, status: Status) -> None:
         self._status = status
 
@@ -122,19 +136,39 @@ class FakeService:
         self.sets.pop(name, None)
 
     def count_chat(self, messages: Sequence[Message]) -> int:
+        self.count_chat_asked.append(tuple(messages))
         return sum(len(message.content.split()) + 4 for message in messages)
 
     def count_text(self, text: str) -> int:
         return len(text.split())
 
     def chat(
-        self, messages: Sequence[Message], params: GenerationParams, *, top_logprobs: int | None = None
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        *,
+        top_logprobs: int | None = None,
+        trim: bool = False,
+        score_prompt: bool = False,
+        person: str = "",
     ) -> Generation:
-        return self._start(tuple(messages), messages[-1].content, self.count_chat(messages), params, top_logprobs)
+        self.people.append(person)
+        words = self.count_chat(messages)
+        generation = self._start(tuple(messages), messages[-1].content, words, params, top_logprobs)
+        generation.left_out = self.left_out if trim else 0
+        return generation
 
     def complete(
-        self, prompt: str | Sequence[int], params: GenerationParams, *, top_logprobs: int | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: GenerationParams,
+        *,
+        top_logprobs: int | None = None,
+        score_prompt: bool = False,
+        only_prompt: bool = False,
+        person: str = "",
     ) -> Generation:
+        self.people.append(person)
         return self._start(prompt, str(prompt), len(str(prompt).split()), params, top_logprobs)
 
     def close(self) -> None:
@@ -166,10 +200,16 @@ class FakeService:
         request.update(phase="prefill")
         begin = time.monotonic()
         reason = "stop"
-        if request.cancelled.wait(self.prefill_delay):
+        held = self.hold_prefill
+        while held is not None and not held.wait(0.02) and not request.cancelled.is_set():
+            pass
+        if request.cancelled.wait(0 if held is not None else self.prefill_delay):
             count, reason = 0, "cancelled"
         first = time.monotonic()
         for index in range(count):
+            while self.hold_at and index >= self.hold_at[0] and not self.hold_at[1].wait(0.02):
+                if request.cancelled.is_set():
+                    break
             if request.cancelled.wait(self.delay):
                 reason = "cancelled"
                 break

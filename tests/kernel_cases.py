@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from backend.cache.int8 import quantised, values_of
 from backend.kernels.cuda.available import Kernels, load
+from backend.model import paged
 from backend.model.attention import attention_twin
 from backend.model.operations import add_norm, gated
 from backend.model.rope import Rope
@@ -177,16 +179,50 @@ def test_turn_and_store(kernels, interleaved, dtype):
     assert ((keys == 7).all(-1).sum(1) == 47).all(), "nothing else is written"
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_turn_and_store_in_int8(kernels, interleaved):
+    tokens, heads, n_kv, head_dim = 4, 6, 2, 12
+    rope = Rope(head_dim, 10000.0, interleaved=interleaved)
+    pairs = torch.view_as_real(rope.turns(torch.tensor([0, 9, 4000, 7])))
+    x = torch.randn(tokens, heads + 2 * n_kv, head_dim)
+    x[1], x[2, :, 5], x[3, :, 2] = 0.0, float("nan"), float("inf")
+    slots = torch.tensor([4, 49, 0, 7], dtype=torch.int32)
+
+    def stored(module):
+        keys, values = (torch.full((n_kv, 50, head_dim), 7, dtype=torch.int8) for _ in range(2))
+        scales = [torch.full((n_kv, 50), 0.5) for _ in range(2)]
+        module.turn_and_store(x, pairs, slots, keys, values, heads, interleaved, *scales)
+        return keys, values, *scales
+
+    for found, expected in zip(stored(kernels.paged)[:2], stored(paged)[:2]):
+        # A turn may round otherwise, and so tip a code that lies between two; no number, no code.
+        assert (found[:, [4, 49]].int() - expected[:, [4, 49]].int()).abs().max() <= 1
+        assert (found[:, 4] != expected[:, 4]).sum() <= 1
+        assert ((found == 7).all(-1).sum(1) == 46).all(), "nothing else is written"
+    for found, expected in zip(stored(kernels.paged)[2:], stored(paged)[2:]):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+        assert found[:, [0, 7]].isnan().all()
+
+
 @pytest.mark.parametrize(
     ("heads", "n_kv", "head_dim", "dtype"),
-    [(4, 4, 16, torch.float32), (6, 2, 64, torch.float16), (8, 1, 20, torch.bfloat16), (2, 2, 128, torch.bfloat16)],
-)
+    [
+        (4, 4, 16, torch.float32), (6, 2, 64, torch.float16), (8, 1, 20, torch.bfloat16), (2, 2, 128, torch.bfloat16),
+        (6, 2, 64, torch.int8), (8, 1, 20, torch.int8),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(("window", "programs"), [(None, 1), (None, 12), (1, 12), (40, 1), (40, 12)])
 def test_attention_over_blocks(kernels, monkeypatch, heads, n_kv, head_dim, dtype, window, programs):
     monkeypatch.setattr(kernels.paged, "_FILL", programs)  # 1: a sequence is not split; otherwise fewer than on a GPU
     page, blocks = 32, 12
     lengths = [1, 33, 110]
-    keys, values = (torch.randn(n_kv, blocks * page, head_dim).to(dtype) for _ in range(2))
+    keys, values = (torch.randn(n_kv, blocks * page, head_dim) for _ in range(2))
+    if dtype == torch.int8:
+        (keys, one), (values, other) = quantised(keys), quantised(values)
+        stored = keys, values, one, other
+        keys, values = values_of(keys, one, torch.float32), values_of(values, other, torch.float32)
+    else:
+        keys, values = stored = keys.to(dtype), values.to(dtype)
     order = torch.randperm(blocks)
     table, taken = torch.zeros(3, 6, dtype=torch.int32), 0
     for row, length in enumerate(lengths):
@@ -194,7 +230,11 @@ def test_attention_over_blocks(kernels, monkeypatch, heads, n_kv, head_dim, dtyp
         table[row, :count] = order[taken : taken + count]
         taken += count
     query = short(3, heads, head_dim)
-    found = kernels.paged.decode(query, keys, values, table, torch.tensor(lengths, dtype=torch.int32), page, window)
+    pool, scales = stored[:2], stored[2:] or (None, None)
+    whole = torch.tensor(lengths, dtype=torch.int32)
+    found = kernels.paged.decode(query, *pool, table, whole, page, window, *scales)
+    twin = paged.decode(query, *pool, table, whole, page, window, *scales)
+    torch.testing.assert_close(found, twin, rtol=1e-2, atol=1e-2)
     for row, length in enumerate(lengths):
         slots = [int(table[row, at // page]) * page + at % page for at in range(length)]
         expected = attention_twin(query[row : row + 1], keys[:, slots], values[:, slots], window)

@@ -60,14 +60,15 @@ def launches(compile_only: list[tuple[str, Any]]) -> None:
         k.between.gated(torch.zeros(tokens, 22016))
         k.between.greedy(torch.zeros(tokens, 32000))
         for heads, n_kv, head_dim in ((32, 8, 128), (9, 3, 100)):
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
                 keys = torch.empty(n_kv, 64, head_dim, dtype=dtype)
                 turns = torch.zeros(tokens, 1, head_dim // 2, 2)
                 slots, table = torch.zeros(tokens, dtype=torch.int32), torch.zeros(tokens, 2, dtype=torch.int32)
+                scales = torch.empty(n_kv, 64) if dtype == torch.int8 else None
                 flat = torch.zeros(tokens, heads + 2 * n_kv, head_dim)
                 for interleaved in (True, False):
-                    query = k.paged.turn_and_store(flat, turns, slots, keys, keys, heads, interleaved)
-                k.paged.decode(query, keys, keys, table, slots, 32)
+                    query = k.paged.turn_and_store(flat, turns, slots, keys, keys, heads, interleaved, scales, scales)
+                k.paged.decode(query, keys, keys, table, slots, 32, None, scales, scales)
 
 
 def main(capability: int) -> None:

@@ -34,8 +34,9 @@ def tiny_runtime(path, **changes) -> Runtime:
 
 def all_logits(runtime: Runtime, ids: list[int], chunk: int = 128) -> torch.Tensor:
     """Our logits at every position, through the paged cache, `chunk` tokens at a time. float32 (tokens, vocab)."""
-    lease = runtime.blocks.acquire(ids[:1])
-    assert runtime.blocks.extend(lease, len(ids))
+    lease = runtime.blocks.acquire(ids[:1], tokens=len(ids))
+    assert lease is not None
+    runtime.runner.copy_blocks(runtime.blocks.take_moves())
     runner, rows = runtime.runner, []
     with torch.inference_mode():
         for start in range(0, len(ids), chunk):

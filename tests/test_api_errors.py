@@ -103,13 +103,12 @@ UNSUPPORTED: list[tuple[str, str, Any]] = [
     (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
     (CHAT, "tool_choice", "required"),
     (CHAT, "functions", [{"name": "f"}]),
-    (CHAT, "guidance_scale", 1.5),
-    (CHAT, "prompt_logprobs", 1),
+    (CHAT, "truncate_prompt_tokens", 100),
     (CHAT, "audio", {"voice": "x"}),
     (CHAT, "modalities", ["text", "audio"]),
     (CHAT, "store", True),
     (CHAT, "chat_template", "{{ 1 }}"),
-    (TEXT, "best_of", 2),
+    (TEXT, "use_beam_search", True),
     (TEXT, "suffix", "end"),
 ]
 NEUTRAL = {

@@ -168,6 +168,3 @@ def test_echo(http: TestClient) -> None:
     ]
     events = read_events(http.post(TEXT, json={"prompt": "say: ", "echo": True, "stream": True}).content)[:-1]
     assert "".join(event["choices"][0]["text"] for event in events) == "say: one two \u00e4 four"
-    for more in ({"logprobs": 1}, {"prompt": [5, 6]}):
-        error = http.post(TEXT, json={"prompt": "x", "echo": True, **more}).json()["error"]
-        assert (error["param"], error["code"]) == ("echo", "unsupported_parameter")

@@ -172,10 +172,10 @@ def test_a_hundred_clients_leave_at_any_moment() -> None:
 
 def test_one_refused_prompt_stops_the_others() -> None:
     class Refusing(FakeService):
-        def complete(self, prompt: Any, params: GenerationParams) -> Generation:
+        def complete(self, prompt: Any, params: GenerationParams, **options: Any) -> Generation:
             if prompt == "bad":
                 raise UserError("no")
-            return super().complete(prompt, params)
+            return super().complete(prompt, params, **options)
 
     service = Refusing(delay=5)
     with client(service) as http:

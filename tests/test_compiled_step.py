@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from backend.cache.int8 import quantised, values_of
 from backend.cache.kv import KVPool
 from backend.checkpoint.open import open_checkpoint
 from backend.engine.compiled import CompiledStep, Tokens
+from backend.engine.runner import Runner
 from backend.kernels.cpu import build, steps
 from backend.model.attention import attention, attention_twin
 from backend.model.llama import Llama
@@ -136,6 +138,41 @@ def test_it_says_where_it_does_not_apply(tiny_path: Callable[..., Path]) -> None
     assert compiled.workspace_bytes() > few > 0
 
 
+def test_an_int8_cache_has_the_codes_of_the_twin(tiny_path: Callable[..., Path]) -> None:
+    """What the step stores, and what it reads: the twin's codes and scales, and logits near those of the torch path."""
+    model, pool, compiled = loaded(tiny_path(weights="Q8_0", head_dim=40, n_heads=4, n_kv_heads=2), torch.int8)
+    exact = KVPool(model.config, 24, steps.BLOCK_TOKENS, torch.float32)
+    reference = CompiledStep.of(model, exact)
+    assert reference is not None
+    assert pool.key_scales is not None
+    assert pool.value_scales is not None
+    ids = [(7 * n) % 250 for n in range(70)]
+    parts = [Tokens(0, 70, 0, [5, 2, 9])]
+    wanted = reference.run(ids, parts, range(70), threads=2)
+    found = compiled.run(ids, parts, range(70), threads=2)
+    slots = [block * 32 + at for block in (5, 2, 9) for at in range(32)][:70]
+    # The first layer's keys and values come from the same numbers in both.
+    for codes, scales, values in (
+        (pool.keys, pool.key_scales, exact.keys),
+        (pool.values, pool.value_scales, exact.values),
+    ):
+        twin_codes, twin_scales = quantised(values[0][:, slots])
+        assert torch.equal(codes[0][:, slots], twin_codes)
+        assert torch.equal(scales[0][:, slots], twin_scales)
+    assert 0 < distance(found, wanted) < 0.02
+    by_torch_pool = KVPool(model.config, 24, steps.BLOCK_TOKENS, torch.int8)
+    runner = Runner(model, by_torch_pool, compiled=False)
+    assert distance(found, runner.score(ids, 0, [5, 2, 9], range(70))) < 0.003
+
+
+def test_an_int8_cache_loses_nothing_that_is_not_finite(tiny_path: Callable[..., Path]) -> None:
+    model, pool, _ = loaded(tiny_path(weights="Q8_0"), torch.int8)
+    model.layers[1].attention_norm[3] = float("nan")
+    compiled = CompiledStep.of(model, pool)
+    assert compiled is not None
+    assert compiled.run([1, 2], [Tokens(0, 2, 0, [0])], [1], 1).isnan().any()
+
+
 @pytest.mark.parametrize("start", [0, 900])
 def test_its_workspace_is_in_the_plan(tiny_path: Callable[..., Path], start: int) -> None:
     shape = {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "ffn_dim": 512, "context": 2048}
@@ -170,8 +207,10 @@ def probe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def probed(
     probe: ctypes.CDLL, query: torch.Tensor, spans: list[tuple[int, int, int]], tables: list[list[int]],
-    keys: torch.Tensor, values: torch.Tensor, window: int | None, threads: int,
+    cached: list[torch.Tensor], window: int | None, threads: int,
 ) -> torch.Tensor:  # fmt: skip
+    """cached: keys and values (n_kv_heads, slots, head_dim), and their scales where they are int8."""
+    keys, values, *scales = cached
     tools, whole = steps.tools(), ctypes.c_int64
     out, scaled = torch.empty_like(query), (query / math.sqrt(query.shape[2])).contiguous()
     described = torch.tensor(spans, dtype=torch.int64)
@@ -179,9 +218,10 @@ def probed(
     blocks = torch.tensor([table + [0] * (most - len(table)) for table in tables], dtype=torch.int32)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (scaled, out, described, blocks, keys, values)]
     a, b, c, d, e, f = pointers
+    g, h = [ctypes.c_void_p(scale.data_ptr()) for scale in scales] if scales else (None, None)
     sizes = [whole(size) for size in (query.shape[1], keys.shape[0], query.shape[2], window or 0)]
     done = probe.probe(
-        a, b, c, whole(len(spans)), d, whole(most), e, f, whole(keys.stride(0) * keys.itemsize),
+        a, b, c, whole(len(spans)), d, whole(most), e, f, g, h, whole(keys.stride(0) * keys.itemsize),
         ctypes.c_int(steps.KINDS[keys.dtype]), *sizes, ctypes.c_void_p(tools.suri_parallel), ctypes.c_int(threads),
     )  # fmt: skip
     assert done
@@ -193,6 +233,8 @@ SHAPES = [
     (128, 4, 4, torch.float16),
     (100, 4, 2, torch.float32),
     (16, 32, 1, torch.bfloat16),
+    (64, 9, 3, torch.int8),
+    (100, 4, 2, torch.int8),
 ]
 
 
@@ -202,20 +244,26 @@ def test_attention_is_that_of_the_formula(
     probe: ctypes.CDLL, head_dim: int, heads: int, kv_heads: int, kind: torch.dtype, window: int | None
 ) -> None:
     random = torch.Generator().manual_seed(1)
-    keys, values = (torch.randn(kv_heads, 40 * 32, head_dim, generator=random).to(kind) for _ in range(2))
+    keys, values = (torch.randn(kv_heads, 40 * 32, head_dim, generator=random) for _ in range(2))
     keys[:, 39 * 32 :] = float("nan")  # a block nobody has
+    if kind == torch.int8:
+        (keys, key_scales), (values, value_scales) = quantised(keys), quantised(values)
+        cached = [keys, values, key_scales, value_scales]
+        keys, values = values_of(keys, key_scales, torch.float32), values_of(values, value_scales, torch.float32)
+    else:
+        cached = [keys, values] = [keys.to(kind), values.to(kind)]
     places = torch.randperm(39, generator=random).tolist()
     spans, tables = (
         [(0, 1, 600), (1, 5, 30), (6, 9, 250), (15, 1, 0)],
         [places[:22], places[22:24], places[24:33], [places[33]]],
     )
     query = 2 * torch.randn(16, heads, head_dim, generator=random)
-    found = probed(probe, query, spans, tables, keys, values, window, threads=1)
-    assert torch.equal(found, probed(probe, query, spans, tables, keys, values, window, threads=8))
+    found = probed(probe, query, spans, tables, cached, window, threads=1)
+    assert torch.equal(found, probed(probe, query, spans, tables, cached, window, threads=8))
     for (first, count, start), table in zip(spans, tables, strict=True):
         slots = torch.tensor([block * 32 + at for block in table for at in range(32)])[: start + count]
         expected = attention_twin(query[first : first + count], keys[:, slots], values[:, slots], window)
         assert (found[first : first + count] - expected).abs().max() < 2e-5
         last = query[first + count - 1 : first + count].contiguous()
-        alone = probed(probe, last, [(0, 1, start + count - 1)], [table], keys, values, window, threads=2)
+        alone = probed(probe, last, [(0, 1, start + count - 1)], [table], cached, window, threads=2)
         assert torch.equal(alone[0], found[first + count - 1])

@@ -106,3 +106,25 @@ def test_a_long_chat_does_not_recurse() -> None:
     conversation = talk(*(str(i) for i in range(4000)))
     assert len(conversation.path()) == 4000
     assert len(conversation.messages()) == 4000
+
+
+def test_what_the_newest_reply_was_made_without() -> None:
+    conversation = Conversation()
+    conversation.system = "be brief"
+    for number in range(3):
+        conversation.add_user(f"question {number}")
+        conversation.open_reply().text = f"answer {number}"
+    assert conversation.left_out() == 0
+    assert conversation.messages_read() == conversation.messages()
+    last = conversation.last()
+    assert last is not None
+    last.left_out = 2
+    assert conversation.left_out() == 2
+    read = conversation.messages_read()
+    assert read[0].content == "be brief"
+    assert read[1].content == "question 1"
+    assert len(read) == 5
+    conversation.add_user("one more")
+    assert conversation.left_out() == 2, "until its reply says otherwise"
+    conversation.edit_user(2, "another question")
+    assert conversation.left_out() == 0, "a branch has its own"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from backend.cache.blocks import BlockRestore, BlockStore
 from backend.cache.kv import KVPool
 from backend.checkpoint.open import open_checkpoint
 from backend.engine.runner import Runner
@@ -59,6 +60,45 @@ def test_a_model_on_the_device_gives_the_logits_of_the_cpu(tmp_path, form, strea
     assert ours._decoder is not None
     assert ours._decoder.graphs.captured == (0 if streamed else 1)
     loaded.close()
+
+
+@on_gpu
+def test_an_int8_cache_on_the_device_gives_nearly_the_logits_of_one_on_the_cpu(tmp_path):
+    path = write_tiny(tmp_path / "m.gguf", TinyModel(weights="F32"))
+    loaded = load_model(open_checkpoint(path), "f32", "tiny", device="cuda")
+    ours = Runner(loaded.model, KVPool(loaded.model.config, 16, BLOCK, torch.int8, "cuda"))
+    other = load_model(open_checkpoint(path), "f32", "tiny").model
+    reference = Runner(other, KVPool(other.config, 16, BLOCK, torch.int8))
+    batch = Batch([Sequence([9, 8, 7] * (8 * n + 10), Lease([5 * n, 5 * n + 1, 5 * n + 2])) for n in range(3)])
+    for step in range(6):
+        work = batch.work(step > 0)
+        logits, expected = ours.run(work), reference.run(work)
+        assert (logits - expected).abs().max() <= 0.05 * expected.abs().max()
+        batch.advance(expected)
+    assert ours._decoder is not None
+    assert ours._decoder.graphs.captured == 1
+    loaded.close()
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", [torch.float16, torch.int8])
+def test_blocks_leave_the_device_and_come_back(tmp_path, kind):
+    """Through pinned memory, begun one after the other and waited for by nobody."""
+    config = open_checkpoint(write_tiny(tmp_path / "m.gguf")).config
+    pool = KVPool(config, 8, BLOCK, kind, "cuda", host_bytes=4 << 20)
+    assert pool.host is not None
+    assert pool.host.grow() >= 8
+    for array in pool.arrays:
+        array.copy_(torch.randint(-100, 100, array.shape))
+    before = [[each.cpu() for each in pool.block(number)] for number in range(8)]
+    assert pool.host.block(0)[0].is_pinned()
+    pool.carry_out([BlockStore(number, number) for number in range(8)])
+    for array in pool.arrays:
+        array.zero_()
+    pool.carry_out([BlockRestore(number, 7 - number) for number in range(8)])
+    for number in range(8):
+        for found, expected in zip(pool.block(7 - number), before[number], strict=True):
+            assert torch.equal(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("form", gpu.FORMS)

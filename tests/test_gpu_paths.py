@@ -145,6 +145,7 @@ class Sequence:
     ids: list[int]
     lease: Lease
     computed: int = 0
+    score_prompt: bool = False
 
 
 @dataclass
@@ -160,13 +161,14 @@ class Batch:
             sequence.ids.append(int(row.argmax()))
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.int8])
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_decoder_gives_the_logits_of_the_runner(tmp_path, count, window):
+def test_the_decoder_gives_the_logits_of_the_runner(tmp_path, count, window, kind):
     keys = {} if window is None else {"llama.attention.sliding_window": window}
     model = load_model(open_checkpoint(write_tiny(tmp_path / "m.gguf", TinyModel(metadata=keys))), "f32", "tiny").model
     assert model.config.sliding_window == window
-    pool = KVPool(model.config, 16, BLOCK, torch.float32)
+    pool = KVPool(model.config, 16, BLOCK, kind)
     runner, recorder = Runner(model, pool), Recorder()
     decoder = Decoder(model, pool, paged, recorder)  # type: ignore[arg-type]
     starts = [[5, 11, 3], [0, 7, 9], [2, 8, 1]][:count]
@@ -181,7 +183,8 @@ def test_the_decoder_gives_the_logits_of_the_runner(tmp_path, count, window):
         expected = runner.run(work)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         used = [slot for s in batch.sequences for slot in slots(s)]
-        torch.testing.assert_close(stored[:, :, used], pool.keys[:, :, used], rtol=1e-4, atol=1e-4)
+        same = {"rtol": 1e-4, "atol": 1e-4} if kind == torch.float32 else {"rtol": 0, "atol": 1}  # a code may tip over
+        torch.testing.assert_close(stored[:, :, used], pool.keys[:, :, used], **same)
         batch.advance(expected)
     assert (recorder.recorded, recorder.replayed) == (1, 5)
 

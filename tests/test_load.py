@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backend.cache.kv import KVPool
+from backend.cache.kv import KV_TYPES, KVPool
 from backend.checkpoint.open import open_checkpoint
 from backend.engine.runner import Runner
 from backend.model.config import ModelConfig
@@ -89,6 +89,7 @@ def unscaled(config: ModelConfig) -> float:
         (Preset("a", "x"), 256, "bf16", 512 + 64),
         (Preset("a", "x", weights="f32"), 256, "f32", 512 + 64),
         (Preset("a", "x", kv_cache="f16", context=64), 64, "f16", 128 + 64),
+        (Preset("a", "x", kv_cache="int8"), 256, "int8", 512 + 64),
         (Preset("a", "x", kv_tokens=64), 256, "bf16", 256 + 64),
         (Preset("a", "x", kv_tokens=1000), 256, "bf16", 1024 + 64),
     ],
@@ -99,6 +100,7 @@ def test_the_cache_in_the_plan(
     checkpoint = open_checkpoint(tiny_path())
     found = plan(preset, checkpoint.config, checkpoint.tensors)
     assert (found.context, found.kv_type, found.kv_blocks) == (context, kv_type, kv_tokens // 32)
-    value = 4 if kv_type == "f32" else 2
-    assert found.kv_bytes == kv_tokens * 2 * 2 * 2 * 16 * value  # keys and values, layers, heads, head_dim
+    head = {"f32": 4 * 16, "bf16": 2 * 16, "f16": 2 * 16, "int8": 16 + 4}[kv_type]  # 16 numbers, and a scale
+    assert found.kv_bytes == kv_tokens * 2 * 2 * 2 * head  # keys and values, layers, heads
+    assert found.kv_bytes == KVPool(checkpoint.config, found.kv_blocks, BLOCK_TOKENS, KV_TYPES[kv_type]).nbytes()
     assert found.total_bytes == found.kv_bytes + found.weight_bytes

@@ -74,3 +74,37 @@ def test_mirostat_draws_from_what_it_kept_and_reaches_its_target(version: int) -
     often = kept * count >= 5
     chi_square = ((drawn - kept * count) ** 2 / np.maximum(kept * count, 1e-9))[often].sum()
     assert chi_square < often.sum() + 4 * math.sqrt(2 * often.sum()) + 11
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_tokens_that_were_taken_back_leave_mu_as_it_was(version: int) -> None:
+    mirostat = Mirostat(version, 3.0, 0.1)
+    seen = [mirostat.mu]
+    for place in (3, 40, 7, 0, 99):
+        mirostat.cut(row(200, place))
+        mirostat.observe(place)
+        seen.append(mirostat.mu)
+    mirostat.rewind(3)
+    assert mirostat.mu == seen[2]
+    mirostat.cut(row(200, 7))
+    mirostat.observe(7)
+    assert mirostat.mu == seen[3]
+    mirostat.rewind(1)
+    assert mirostat.mu == seen[2]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_banned_text_does_not_move_mu(version: int) -> None:
+    """Where a reply comes back for a banned text, Mirostat goes on as if it had never been said."""
+    pieces = [b"a", b"b", b"c", b"d"]
+    params = with_params(mirostat=version, mirostat_tau=1.5, banned_strings=["abc"])
+    sampler = Sampler(params, [], lambda: 0.5, token_bytes=pieces.__getitem__)
+
+    def sure(token: int) -> torch.Tensor:
+        return torch.tensor([3.0 if place == token else 0.0 for place in range(4)])
+
+    assert sampler._mirostat is not None
+    before = sampler._mirostat.mu
+    assert [sampler.next(sure(token)).token for token in (0, 1)] == [0, 1]
+    assert sampler.next(sure(2)).rewind == 2
+    assert sampler._mirostat.mu == before

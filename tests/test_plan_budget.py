@@ -133,3 +133,47 @@ def test_packed_tied_tables_are_two_parts() -> None:
     assert found.parts[0].names == EMBEDDING
     assert found.parts[-1].names == OUTPUT
     assert found.tokens_per_second is not None
+
+
+# the cache's host tier ------------------------------------------------------------------------------------------------
+
+
+def test_beside_a_gpu_evicted_blocks_may_take_a_quarter_of_what_is_left() -> None:
+    """Up to a limit, in whole blocks, and counted in what the plan takes."""
+    found = made(box(42, 38, vram=24, host=16), weights="bf16", context=2048)
+    without = made(box(42, 38, vram=24, host=16), weights="bf16", context=2048, cache_ram=0)
+    block = found.kv_bytes // found.kv_blocks
+    left = 16 * GB - RAM_MARGIN - without.extra_ram_bytes
+    assert without.host_cache_bytes == 0
+    assert left // 4 - block < found.host_cache_bytes <= left // 4
+    assert found.host_cache_bytes % block == 0
+    assert found.extra_ram_bytes == without.extra_ram_bytes + found.host_cache_bytes
+    assert found.vram_bytes == without.vram_bytes
+    large = made(box(42, 38, vram=24, host=512), weights="bf16", context=2048)
+    assert budget.MOST_HOST_CACHE - block < large.host_cache_bytes <= budget.MOST_HOST_CACHE
+    none = made(box(42, 38, vram=24, host=0.3), weights="bf16", context=2048)
+    assert none.host_cache_bytes == 0
+
+
+def test_on_a_cpu_the_tier_is_for_those_who_ask_for_it() -> None:
+    assert made(CPU_ONLY, weights="bf16", context=512).host_cache_bytes == 0
+    plain = made(CPU_ONLY, weights="int4", context=512, ram=8 * GB, kv_tokens=1024)
+    asked = made(CPU_ONLY, weights="int4", context=512, ram=8 * GB, kv_tokens=1024, cache_ram=GB)
+    block = asked.kv_bytes // asked.kv_blocks
+    assert GB - block < asked.host_cache_bytes <= GB
+    assert asked.extra_ram_bytes == plain.extra_ram_bytes + asked.host_cache_bytes
+    # It is a part of what `ram` allows.
+    assert plain.placed("streamed") == 0
+    assert made(CPU_ONLY, weights="int4", context=512, ram=8 * GB, cache_ram=4 * GB).placed("streamed") > 0
+
+
+def test_an_int8_cache_holds_more_and_is_counted_with_what_attention_decodes() -> None:
+    short, wide = (made(box(42, 38, vram=16), weights="bf16", kv_cache=kind) for kind in ("int8", "bf16"))
+    assert short.context > wide.context
+    assert short.vram_bytes <= 16 * GB
+    exact, codes = (
+        made(box(42, 38, vram=24), weights="bf16", context=2048, kv_cache=kind) for kind in ("bf16", "int8")
+    )
+    decoded = 2 * 2048 * 32 * 128 * 2  # keys and values of one layer in bfloat16
+    assert codes.vram_bytes == exact.vram_bytes - exact.kv_bytes + codes.kv_bytes + decoded
+    assert codes.kv_bytes * 64 == exact.kv_bytes * 33

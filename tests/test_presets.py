@@ -35,12 +35,14 @@ def test_the_shipped_presets_load() -> None:
 def test_all_keys(folder: Path) -> None:
     preset = read(
         folder,
-        "model: a.gguf\ntitle: T\nweights: f16\ndevice: cpu\ncontext: 64\nkv_cache: f32\nkv_tokens: 128\n"
+        "model: a.gguf\ntitle: T\nweights: f16\ndevice: cpu\ncontext: 64\nkv_cache: int8\nkv_tokens: 128\n"
+        "cache_ram: 2GiB\n"
         "prompt_format: chatml\nsampling:\n  temperature: 0\n  stop: [a, b]\n",
     )
     assert preset == Preset(
-        name="mine", model="a.gguf", title="T", weights="f16", device="cpu", context=64, kv_cache="f32",
-        kv_tokens=128, prompt_format="chatml", sampling=GenerationParams(temperature=0, stop=("a", "b")),
+        name="mine", model="a.gguf", title="T", weights="f16", device="cpu", context=64, kv_cache="int8",
+        kv_tokens=128, cache_ram=2 << 30, prompt_format="chatml",
+        sampling=GenerationParams(temperature=0, stop=("a", "b")),
     )  # fmt: skip
 
 
@@ -52,6 +54,11 @@ def test_prompt_formats(folder: Path, value: str) -> None:
 def test_defaults_are_what_an_absent_key_means(folder: Path) -> None:
     assert read(folder, "model: x\n") == Preset(name="mine", model="x")
     assert read(folder, "model: x\ncontext: auto\nkv_tokens: auto\n") == Preset(name="mine", model="x")
+
+
+@pytest.mark.parametrize("value", ["off", "'off'", "0"])
+def test_no_host_tier(folder: Path, value: str) -> None:
+    assert read(folder, f"model: x\ncache_ram: {value}\n").cache_ram == 0
 
 
 def test_extends(folder: Path) -> None:
@@ -95,6 +102,7 @@ BAD = {
     "weights type": ("model: x\nweights: [f32]", "weights"),
     "device": ("model: x\ndevice: gpu9", "device"),
     "kv cache": ("model: x\nkv_cache: q3", "kv_cache"),
+    "cache_ram": ("model: x\ncache_ram: some", "cache_ram"),
     "context small": ("model: x\ncontext: 63", "from 64"),
     "context large": ("model: x\ncontext: 16777217", "16777216"),
     "context text": ("model: x\ncontext: many", "context"),

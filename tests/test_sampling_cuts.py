@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 
 from backend.params import KNOBS, STEPS, GenerationParams
 from backend.sampling import bends, cuts, penalties, samplers
+from backend.sampling.copies import Copies
 from backend.sampling.history import History
 from backend.sampling.sampler import Sampler
 from tests.test_sampling import NEUTRAL, kept, row, softmax, with_params
@@ -229,6 +230,32 @@ def test_dry(seed: int) -> None:
     tokens, amounts = penalties.dry(ids, breaks, 0.8, 1.75, 1 + seed % 4)
     found = dict(zip(tokens.tolist(), amounts.tolist(), strict=True))
     assert found == pytest.approx(dry_by_description(ids.tolist(), breakers, 0.8, 1.75, 1 + seed % 4))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_copies_kept_from_token_to_token_are_those_found_anew(seed: int) -> None:
+    """`Copies` against its slow twin, with rewinds, breakers, ranges, and several tokens between two looks."""
+    random = np.random.default_rng(seed)
+    size = int(random.integers(2, 5))
+    pieces = [b"a", b"b", b"c", b"d"]
+    start = random.integers(0, size, int(random.integers(0, 120))).tolist()
+    history = History(start, ["b", "cd"] if seed % 2 else [], pieces.__getitem__)
+    copies = Copies(history)
+    for step in range(150):
+        if step > 100 and len(history) > 60:  # a long repetition, as long as is counted and longer
+            history.append(int(history.ids[-7]))
+        elif random.random() < 0.1 and len(history) > 4:
+            history.rewind(int(random.integers(1, 4)))
+            history.append(int(random.integers(0, size)))
+        else:
+            history.append(int(random.integers(0, size)))
+        if random.random() < 0.3:
+            continue
+        window = int(random.integers(0, len(history) + 2))
+        ids, breaks = history.latest(window), history.breaks[-window:] if window else history.breaks
+        expected = penalties.dry(ids, breaks, 0.8, 1.1, 1 + seed % 3)
+        found = copies.dry(window, 0.8, 1.1, 1 + seed % 3)
+        assert [part.tolist() for part in found] == [part.tolist() for part in expected]
 
 
 def test_dry_in_the_chain() -> None:

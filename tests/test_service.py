@@ -208,7 +208,7 @@ def test_nan_ends_that_reply_only(service):
 
     def poisoned(work):
         logits = run(work).clone()
-        rows = [item.request for item in work if item.gives_logits]
+        rows = [item.request for item in work for _ in range(item.logit_rows)]
         for row, request in enumerate(rows):
             if request.id == sick.id and request.completion_tokens >= 2:
                 logits[row, 3] = float("nan")

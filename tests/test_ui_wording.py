@@ -28,6 +28,17 @@ def test_speed_says_only_what_is_known() -> None:
     assert wording.speed(many) == "40.0 tokens/s · 0.20 s to first · 1,201 tokens"
     assert wording.footer(many, "cancelled").startswith("stopped · 40.0")
     assert wording.footer(many, "stop") == wording.speed(many)
+    assert wording.footer(many, "stop", 2) == f"without 2 earlier messages · {wording.speed(many)}"
+    assert wording.footer(many, "stop", 1).startswith("without 1 earlier message · ")
+    shifted = replace(many, shifted_tokens=1500)
+    assert wording.footer(shifted, "stop").startswith("went on without 1,500 tokens of the middle · ")
+
+
+def test_the_line_above_which_nothing_is_read() -> None:
+    assert wording.cut(2, 2048) == "2 earlier messages are not read any more: the context holds 2,048 tokens"
+    assert wording.cut(1, 2048).startswith("1 earlier message is not read any more")
+    assert wording.cut(0, 2048) == pieces.cut(0, 2048) == ""
+    assert ":nth-child(3 of .message-row)" in pieces.cut(2, 2048)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +127,8 @@ def test_progress_in_bytes_and_time() -> None:
 
 def test_speed_quality_and_fit_of_a_preset() -> None:
     plain = PresetInfo("one", "one", "starter", "about 1 GB", fits="now")
-    assert (wording.needs(plain), wording.speeds(plain), wording.quality(plain)) == (["about 1 GB"], [""], [""])
+    assert (wording.needs(plain), wording.quality(plain)) == (["about 1 GB"], [""])
+    assert wording.speeds(plain) == ["not measured yet"]
     known = PresetInfo(
         "one", "one", "starter", "", fits="after-unload", ram_bytes=60_000_000, vram_bytes=1_000_000_000,
         tokens_per_second=41.76, bound_by="link", measured=Measured(38.2, perplexity=14.246, kl=0.00213),

@@ -56,7 +56,7 @@ def build(service: Service, registry: Registry | None = None) -> gr.Blocks:
         parameters_tab.wire(parameters, context)
 
         about = [chip, chat.welcome, timer]
-        model = [*about, chat.meter, *knobs, parameters.marks, parameters.sets]
+        model = [*about, chat.meter, chat.cut, *knobs, parameters.marks, parameters.sets]
         page = _Page(context, chat, parameters)
         presets_tab.wire(presets, context, chip, model, page.other_model)
         private: dict[str, Any] = dict(PRIVATE)
@@ -141,7 +141,7 @@ class _Page:
         session = session_of(self._context.registry, request)
         parameters = await asyncio.to_thread(parameters_tab.restore, self._parameters, self._context, session)
         chat = await chat_tab.whole(self._context, session)
-        return [*await self.about(), chat[5], *parameters]
+        return [*await self.about(), chat[5], chat[7], *parameters]
 
     async def closed(self, request: gr.Request) -> None:
         """The browser is gone: its replies end, the tab's texts stay for a reload."""

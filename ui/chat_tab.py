@@ -38,6 +38,7 @@ class ChatTab:
     """The widgets of the tab that events read or write."""
 
     chatbot: gr.Chatbot
+    cut: gr.HTML
     live: gr.Markdown
     state: gr.HTML
     versions: gr.HTML
@@ -56,7 +57,7 @@ class ChatTab:
     @property
     def all_outputs(self) -> list[Any]:
         """What `whole` fills: everything of the tab that depends on the conversation."""
-        return [self.chatbot, self.live, self.state, self.versions, self.notice, self.meter, self.box]
+        return [self.chatbot, self.live, self.state, self.versions, self.notice, self.meter, self.box, self.cut]
 
 
 def build() -> ChatTab:
@@ -67,6 +68,7 @@ def build() -> ChatTab:
                 welcome = gr.HTML(elem_id="welcome-words")
                 with gr.Row(elem_id="examples"):
                     examples = tuple(gr.Button(text, elem_classes="example") for text in EXAMPLES)
+            cut = gr.HTML(elem_id="cut")
             chatbot = gr.Chatbot(
                 elem_id="messages", label="Chat", show_label=False, container=False, height=None, autoscroll=False,
                 editable="user", buttons=["copy"], latex_delimiters=pieces.MATH, sanitize_html=True,
@@ -98,15 +100,16 @@ def build() -> ChatTab:
                     send = gr.Button("Send", elem_id="send", variant="primary")
                     stop = gr.Button("Stop", elem_id="stop", variant="primary")
     return ChatTab(
-        chatbot, live, state, versions, notice, welcome, examples, older, newer, again, box, system, meter, send, stop
-    )
+        chatbot, cut, live, state, versions, notice, welcome, examples, older, newer, again, box, system, meter, send,
+        stop,
+    )  # fmt: skip
 
 
 def wire(tab: ChatTab, context: Context, knobs: Sequence[Any], new_chat: gr.Button) -> None:
     """Connect the widgets. `knobs` are the Parameters tab's widgets in the order of `KNOBS`."""
     talk = _Talk(context)
-    started = [tab.chatbot, tab.live, tab.state, tab.versions, tab.notice, tab.box]
-    streamed = [tab.live, tab.state, tab.meter]
+    started = [tab.chatbot, tab.live, tab.state, tab.versions, tab.notice, tab.box, tab.cut]
+    streamed = [tab.live, tab.state, tab.meter, tab.cut]
     ended = tab.all_outputs
 
     def run(event: Any) -> None:
@@ -129,13 +132,15 @@ async def whole(context: Context, session: Session, notice: str | None = None, b
     """Values for `all_outputs`: the conversation as it stands, nothing being written."""
     conversation = session.workspace.conversation
     used, about = await asyncio.gather(
-        asyncio.to_thread(context.service.count_chat, conversation.messages()),
+        asyncio.to_thread(context.service.count_chat, conversation.messages_read()),
         asyncio.to_thread(context.service.status),
     )
     last = conversation.last()
     line = pieces.state_line(busy=False, empty=last is None, numbers=last.footer if last else "")
     meter = pieces.meter(used if last else 0, about.context)
-    return [view(conversation.path()), "", line, _versions(session), pieces.notice(notice), meter, box or gr.skip()]
+    cut = pieces.cut(conversation.left_out(), about.context)
+    turns = view(conversation.path())
+    return [turns, "", line, _versions(session), pieces.notice(notice), meter, box or gr.skip(), cut]
 
 
 def view(turns: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -158,7 +163,7 @@ class _Talk:
     async def begin_send(self, request: gr.Request, text: str, system: str, *values: Any) -> list[Any]:
         """Put a message in and clear the box."""
         if not text.strip():
-            return [gr.skip()] * 6
+            return [gr.skip()] * 7
         return self._begin(request, system, values, text, None)
 
     async def begin_again(self, request: gr.Request, system: str, *values: Any) -> list[Any]:
@@ -189,24 +194,28 @@ class _Talk:
             line = pieces.state_line(busy=False, empty=last is None, numbers=last.footer if last else "")
             state = gr.skip() if busy else line
             shown = gr.skip() if busy and place is None else view(_finished(session))
-            return [shown, gr.skip(), state, gr.skip(), pieces.notice(words), gr.skip()]
+            return [shown, gr.skip(), state, gr.skip(), pieces.notice(words), gr.skip(), gr.skip()]
         box = "" if text is not None and place is None else gr.skip()
         line = pieces.state_line(busy=True, words="Starting")
-        return [view(_finished(session)), "", line, _versions(session), "", box]
+        # A shorter chat may fit again; where it does not, the reply says so as soon as it is asked for.
+        cut = gr.skip() if place is None else ""
+        return [view(_finished(session)), "", line, _versions(session), "", box, cut]
 
-    async def stream(self, request: gr.Request) -> AsyncIterator[tuple[str, str, str]]:
+    async def stream(self, request: gr.Request) -> AsyncIterator[tuple[str, str, str, str]]:
         """Write the reply into the light parts. What is shown is kept in the conversation as it comes."""
         session = session_of(self._context.registry, request)
         run = session.fresh("chat")
         if run is None or run.reply is None:
-            yield gr.skip(), gr.skip(), gr.skip()  # type: ignore[misc]  # nothing was begun
+            yield (gr.skip(),) * 4  # type: ignore[misc]  # nothing was begun
             return
         workspace, reply, service = session.workspace, run.reply, self._context.service
         messages = workspace.conversation.messages()[:-1]
         line = meter = ""
         numbers_at = 0.0
         try:
-            async with aclosing(follow(service, run, lambda: service.chat(messages, run.params))) as moments:
+            async with aclosing(
+                follow(service, run, lambda: service.chat(messages, run.params, trim=True, person=session.person))
+            ) as moments:
                 async for moment in moments:
                     if run.done:  # another event has ended this run: nothing of it may be added any more
                         break
@@ -216,19 +225,21 @@ class _Talk:
                         numbers_at = time.monotonic()
                         meter = pieces.meter(run.stats.used_tokens, run.stats.context) if run.stats.context else meter
                         line = pieces.state_line(busy=True, words=moment.words, numbers=wording.speed(run.stats))
-                    yield reply.text, line, meter
+                    reply.left_out = run.left_out
+                    cut = pieces.cut(run.left_out, run.stats.context) if run.stats.context else gr.skip()
+                    yield reply.text, line, meter, cut
         finally:
             settle(workspace, run)
         if session.runs.get("chat") is not run:
             ended = await whole(self._context, session)
-            yield "", ended[2], ended[5]
+            yield "", ended[2], ended[5], ended[7]
 
     async def finish(self, request: gr.Request, box: str) -> list[Any]:
         """Move the reply into the Chatbot and empty the light part, in one response; say what went wrong."""
         session = session_of(self._context.registry, request)
         run = session.take_done("chat")
         if run is None:
-            return [gr.skip()] * 7
+            return [gr.skip()] * 8
         draft, session.workspace.draft = session.workspace.draft, ""
         notice = run.error
         if not notice and run.reply is not None and not run.reply.text and run.reason != "cancelled":
@@ -261,7 +272,7 @@ class _Talk:
         session = session_of(self._context.registry, request)
         last = session.workspace.conversation.last()
         if last is None or session.writing("chat"):
-            return [gr.skip()] * 7
+            return [gr.skip()] * 8
         session.workspace.conversation.step(last, by)
         return await whole(self._context, session)
 

@@ -98,7 +98,9 @@ class _Handlers:
         workspace, service = session.workspace, self._context.service
         meter = ""
         try:
-            async with aclosing(follow(service, run, lambda: service.complete(run.typed, run.params))) as moments:
+            async with aclosing(
+                follow(service, run, lambda: service.complete(run.typed, run.params, person=session.person))
+            ) as moments:
                 async for moment in moments:
                     if run.done:
                         break

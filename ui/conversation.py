@@ -22,6 +22,7 @@ class Turn:
     chosen: int = 0
     before: int = 0  # what was chosen before the newest version was added
     footer: str = ""  # how fast this reply came, in words
+    left_out: int = 0  # of a reply: how many of the turns before it were not read, because the context was full
 
     def add(self, role: Role, text: str) -> Turn:
         """Append a new version of what follows this turn and show it."""
@@ -52,6 +53,16 @@ class Conversation:
         """What the model is asked: the system prompt, if there is one, and the shown turns."""
         head = [Message("system", self.system)] if self.system.strip() else []
         return head + [Message(turn.role, turn.text) for turn in self.path()]
+
+    def left_out(self) -> int:
+        """How many of the shown turns the newest reply was made without."""
+        return next((turn.left_out for turn in reversed(self.path()) if turn.role == "assistant"), 0)
+
+    def messages_read(self) -> list[Message]:
+        """What is asked without the turns that the newest reply was made without."""
+        messages, left_out = self.messages(), self.left_out()
+        head = len(messages) - len(self.path())
+        return [*messages[:head], *messages[head + left_out :]]
 
     def last(self) -> Turn | None:
         """The newest shown turn."""

@@ -206,10 +206,11 @@ def restore(tab: ParametersTab, context: Context, session: Session) -> list[Any]
     """Values for knobs, marks and sets after a (re)load."""
     base = context.service.default_params()
     params = session.workspace.params or base
+    session.workspace.picked = _name(context, params)
     return [
         *show_params(params),
         marks(params, base),
-        gr.update(choices=choices(context), value=_name(context, params)),
+        gr.update(choices=choices(context), value=session.workspace.picked),
     ]
 
 
@@ -227,37 +228,47 @@ class _Handlers:
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    def changed(self, request: gr.Request, *values: Any) -> list[Any]:
+    # On the event loop and not in threads: what a person does in a row is carried out in a row.
+
+    async def changed(self, request: gr.Request, *values: Any) -> list[Any]:
         """Keep the values for a reload, mark what differs, say what does not fit."""
         try:
             params = read_params(values)
         except UserError as error:
             return [gr.skip(), pieces.notice(sentence(error)), gr.skip()]
-        session_of(self._context.registry, request).workspace.params = params
-        return [marks(params, self._context.service.default_params()), "", _name(self._context, params)]
+        workspace = session_of(self._context.registry, request).workspace
+        workspace.params, workspace.picked = params, _name(self._context, params)
+        return [marks(params, self._context.service.default_params()), "", workspace.picked]
 
-    def pick(self, request: gr.Request, name: str | None) -> list[Any]:
-        """Put a set's values into the widgets."""
-        if name == OWN:
+    async def pick(self, request: gr.Request, name: str | None) -> list[Any]:
+        """Put a set's values into the widgets, once.
+
+        Gradio reports a choice twice, the second time as the list loses the focus, and once more whenever somebody
+        only looks into it. A second answer could arrive after the person has changed a value, and would undo that.
+        """
+        workspace = session_of(self._context.registry, request).workspace
+        if name == OWN or name == workspace.picked:
             return [gr.skip()] * (len(KNOBS) + 2)
+        workspace.picked = name or ""
         params = {**self._context.service.sampling_sets(), **_built_in(self._context)}.get(name or "")
         if params is None:
             words = pieces.notice(f"There is no set '{name}' any more.")
             return [*[gr.skip()] * len(KNOBS), gr.skip(), words]
-        return self._put(params, request)
+        return self._put(params, request, workspace.picked)
 
-    def defaults(self, request: gr.Request) -> list[Any]:
+    async def defaults(self, request: gr.Request) -> list[Any]:
         """The preset's own values."""
-        filled = self._put(self._context.service.default_params(), request)
+        filled = self._put(self._context.service.default_params(), request, "Balanced")
         session_of(self._context.registry, request).workspace.params = None  # follows the next preset, too
         return [*filled, gr.update(value="Balanced")]
 
-    def neutral(self, request: gr.Request) -> list[Any]:
+    async def neutral(self, request: gr.Request) -> list[Any]:
         """Every parameter at the value where it does nothing."""
         params = GenerationParams.from_mapping({knob.name: knob.neutral for knob in KNOBS})
-        return [*self._put(params, request), gr.update(value=_name(self._context, params))]
+        name = _name(self._context, params)
+        return [*self._put(params, request, name), gr.update(value=name)]
 
-    def save(self, name: str, *values: Any) -> list[Any]:
+    def save(self, request: gr.Request, name: str, *values: Any) -> list[Any]:
         """Save the values under a name of their own."""
         name = (name or "").strip()[:60]
         if not name or name in BUILT_IN or name == OWN:
@@ -267,9 +278,10 @@ class _Handlers:
             self._context.service.save_sampling_set(name, read_params(values))
         except UserError as error:
             return [gr.skip(), gr.skip(), pieces.notice(sentence(error))]
+        session_of(self._context.registry, request).workspace.picked = name
         return [gr.update(choices=choices(self._context), value=name), "", ""]
 
-    def delete(self, name: str | None) -> list[Any]:
+    def delete(self, request: gr.Request, name: str | None) -> list[Any]:
         """Delete a saved set; the values in the widgets stay."""
         if not name or name in BUILT_IN or name == OWN:
             words = (
@@ -282,8 +294,10 @@ class _Handlers:
             self._context.service.delete_sampling_set(name)
         except UserError as error:
             return [gr.skip(), pieces.notice(sentence(error))]
+        session_of(self._context.registry, request).workspace.picked = OWN
         return [gr.update(choices=choices(self._context), value=OWN), ""]
 
-    def _put(self, params: GenerationParams, request: gr.Request) -> list[Any]:
-        session_of(self._context.registry, request).workspace.params = params
+    def _put(self, params: GenerationParams, request: gr.Request, name: str) -> list[Any]:
+        workspace = session_of(self._context.registry, request).workspace
+        workspace.params, workspace.picked = params, name
         return [*show_params(params), marks(params, self._context.service.default_params()), ""]

@@ -36,6 +36,15 @@ def meter(used: int, context: int) -> str:
     )
 
 
+def cut(left_out: int, context: int) -> str:
+    """The line above the first turn that is still read. Drawn by a rule, so that the turns stay what they are."""
+    words = wording.cut(left_out, context)
+    if not words:
+        return ""
+    row = f"#messages .message-row:nth-child({left_out + 1} of .message-row)"
+    return f'<style>{row} {{flex-wrap: wrap}} {row}::before {{content: "{words}"}}</style><p>{escape(words)}</p>'
+
+
 def notice(text: str | None) -> str:
     """One sentence about what went wrong; nothing when nothing did."""
     return f'<p class="notice" role="alert">{escape(text)}</p>' if text else ""

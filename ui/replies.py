@@ -50,7 +50,7 @@ async def follow(service: Service, run: Run, ask: Callable[[], Generation]) -> A
         stream = cast(AsyncGenerator[Chunk, None], generation.chunks(pause=PAUSE, keep_alive=KEEP_ALIVE))
         async with aclosing(stream) as chunks:
             async for chunk in chunks:
-                run.stats = chunk.stats
+                run.stats, run.left_out = chunk.stats, generation.left_out
                 shown += len(chunk.text)
                 if chunk.finish_reason is not None:
                     run.reason = chunk.finish_reason

@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Literal
 
+from backend import persons
 from backend.errors import UserError
 from backend.events import Stats
 from backend.generation import Generation
@@ -27,6 +28,7 @@ class Workspace:
     """What one tab of one person holds. Only memory: a restart of the server forgets it."""
 
     params: GenerationParams | None = None  # None: whatever the loaded preset says
+    picked: str = ""  # the sampling set whose values were last put into the page, until one of them is changed
     conversation: Conversation = field(default_factory=Conversation)
     draft: str = ""  # a message of which nothing came: it is put back into the box
     completion: str = ""
@@ -49,6 +51,7 @@ class Run:
     reply: Turn | None = None
     generation: Generation | None = None
     stats: Stats = field(default_factory=Stats)
+    left_out: int = 0  # turns that are not read, because the context is full
     error: str | None = None
     reason: str | None = None
     started: bool = False
@@ -69,6 +72,11 @@ class Session:
     workspace: Workspace
     key: tuple[str, str]
     runs: dict[Kind, Run] = field(default_factory=dict)
+
+    @property
+    def person(self) -> str:
+        """Whom the engine takes this page for."""
+        return persons.by_page(*self.key)
 
     def begin(self, kind: Kind, run: Run) -> None:
         """Put a run in its place, or raise when one is there already."""
@@ -165,7 +173,8 @@ def settle(workspace: Workspace, run: Run) -> None:
     if run.reply is None:
         return
     if run.reply.text:
-        run.reply.footer = footer(run.stats, run.reason or "cancelled")
+        run.reply.footer = footer(run.stats, run.reason or "cancelled", run.left_out)
+        run.reply.left_out = run.left_out
         return
     workspace.conversation.discard(run.reply)
     if run.added is not None:

@@ -105,9 +105,32 @@ def ending(reason: str | None) -> str:
     return {"cancelled": "stopped", "length": "reached the reply length", "error": "broken off"}.get(reason or "", "")
 
 
-def footer(stats: Stats, reason: str | None) -> str:
+def footer(stats: Stats, reason: str | None, left_out: int = 0) -> str:
     """The quiet line that stays under a finished reply."""
-    return " · ".join(part for part in (ending(reason), speed(stats)) if part)
+    return " · ".join(part for part in (ending(reason), unread(left_out), forgotten(stats), speed(stats)) if part)
+
+
+def unread(messages: int) -> str:
+    """'without 2 earlier messages': what a reply was made without, under it."""
+    return f"without {_messages(messages)}" if messages else ""
+
+
+def forgotten(stats: Stats) -> str:
+    """What was left out of the middle while a reply was written."""
+    count = stats.shifted_tokens
+    return f"went on without {thousands(count)} tokens of the middle" if count else ""
+
+
+def cut(messages: int, context: int) -> str:
+    """The line in a chat above which nothing is read any more."""
+    if not messages:
+        return ""
+    verb = "is" if messages == 1 else "are"
+    return f"{_messages(messages)} {verb} not read any more: the context holds {thousands(context)} tokens"
+
+
+def _messages(count: int) -> str:
+    return "1 earlier message" if count == 1 else f"{thousands(count)} earlier messages"
 
 
 def holder(status: Status) -> str:
@@ -161,8 +184,8 @@ def speeds(info: PresetInfo) -> list[str]:
     guess = info.tokens_per_second
     if found is not None:
         return [rate(found), "measured" if guess is None else f"measured; {rate(guess)} predicted"]
-    if guess is None:
-        return [""]
+    if guess is None:  # the machine is measured in the background, while nobody is answered
+        return ["not measured yet"]
     return [rate(guess), f"predicted, {info.bound_by}" if info.bound_by else "predicted"]
 
 

@@ -22,6 +22,7 @@ import anyio
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from backend import persons
 from backend.api import paths
 from backend.api.failures import HTTPFailure, error_headers, error_response
 from backend.settings import Settings
@@ -84,7 +85,8 @@ class Guard:
             await exchange.refuse(scope, refusal)
             return
         try:
-            scope = {**scope, "state": {**scope.get("state", {}), "request_id": exchange.request_id}}
+            known = {"request_id": exchange.request_id, "person": self._person(scope)}
+            scope = {**scope, "state": {**scope.get("state", {}), **known}}
             await self._app(scope, exchange.receive, exchange.send)
         except Exception:
             if exchange.too_large is None:
@@ -136,6 +138,14 @@ class Guard:
             )
         if guarded and self._admin is not None and not hmac.compare_digest(given, self._admin):
             raise HTTPFailure(403, "loading presets needs the admin key")
+
+    def _person(self, scope: Scope) -> str:
+        """Who asks, by the key where keys are asked for. After the check: the key is one of ours."""
+        address = (scope.get("client") or ("", 0))[0]
+        if self._open:
+            return persons.by_address(address)
+        values = _headers(scope).get(b"authorization", [])
+        return persons.by_key(values[0].partition(b" ")[2].strip()) if values else persons.by_address(address)
 
 
 class Exchange:

@@ -1,6 +1,6 @@
 """Request fields that other servers honour and this one cannot (yet), each with the values that ask for nothing.
 
-Another value is refused by name: a client that measures with `prompt_logprobs` must not get an answer without them.
+Another value is refused by name: a client that asks for tools must not get an answer without them.
 A field that becomes a knob in `backend.params` is accepted from then on, without a change here.
 """
 
@@ -18,10 +18,8 @@ Neutral = Mapping[str, tuple[Any, ...]]
 
 _OPENAI: dict[str, tuple[Any, ...]] = {"store": (False,)}
 _EXTENSIONS: dict[str, tuple[Any, ...]] = {
-    "guidance_scale": (1,),
-    "negative_prompt": ("",),
     "use_beam_search": (False,),
-    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
 }
 CHAT: Neutral = MappingProxyType(
     _OPENAI
@@ -47,7 +45,6 @@ COMPLETION: Neutral = MappingProxyType(
     _OPENAI
     | _EXTENSIONS
     | {
-        "best_of": (1,),
         "suffix": ("",),
     }
 )

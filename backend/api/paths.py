@@ -8,6 +8,7 @@ from typing import Any
 ROOT = "/v1"
 HEALTH = "/health"
 VERSION = "/version"
+METRICS = "/metrics"
 OPENAPI = "/openapi.json"
 MODELS = "/models"
 CHAT = "/chat/completions"
@@ -18,7 +19,7 @@ CANCEL = "/v1/presets/cancel"
 
 ADMIN = frozenset({LOAD, CANCEL})  # what changes the server for everybody
 
-_EXACT = frozenset({ROOT, HEALTH, VERSION, OPENAPI, MODELS, CHAT, COMPLETIONS})
+_EXACT = frozenset({ROOT, HEALTH, VERSION, METRICS, OPENAPI, MODELS, CHAT, COMPLETIONS})
 _BELOW = (f"{ROOT}/", f"{MODELS}/")
 
 

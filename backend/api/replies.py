@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from backend.api.failures import as_user_error, error_body, error_response
-from backend.api.scores import Scored, Scores
+from backend.api.scores import Scored, Scores, prompt_logprobs
 from backend.api.shapes import Reply, Shape
 from backend.api.sse import DONE, PING, disconnected, ended, event
 from backend.errors import UserError
@@ -52,11 +52,12 @@ async def events(
 
 async def _told(shape: Shape, generations: Sequence[Generation], ping_seconds: float) -> AsyncGenerator[bytes, None]:
     last = [Stats()] * len(generations)
-    scores = [Scores() for _ in generations]
     async with aclosing(_unbegun(generations, ping_seconds)) as pings:
         async for ping in pings:
             yield ping
-    shape = shape.answered_by(generations[0].model)
+    shape = _known(shape, generations)
+    scores = [_scores(shape, generation) for generation in generations]
+    unsaid = set(range(len(generations))) if shape.echoed and shape.envelope.scored else set()
     for index in range(len(generations)):
         opening = shape.opening(index)
         if opening:
@@ -67,7 +68,10 @@ async def _told(shape: Shape, generations: Sequence[Generation], ping_seconds: f
             last[index] = chunk.stats
             if chunk.finish_reason == "error":
                 raise _reported(chunk.error)
-            scored = scores[index].take(chunk, generations[index].token_bytes) if chunk.logprobs else ()
+            if index in unsaid and (chunk.ids or chunk.finish_reason):
+                unsaid.discard(index)
+                yield event(shape.piece(index, *_echo(shape, scores[index], index, generations[index])))
+            scored = scores[index].take(chunk) if chunk.logprobs else ()
             if chunk.text or scored:
                 yield event(shape.piece(index, chunk.text, scored))
             if chunk.finish_reason:
@@ -94,14 +98,14 @@ async def _unbegun(generations: Sequence[Generation], ping_seconds: float) -> As
 
 async def answer(shape: Shape, generations: Sequence[Generation], request: Request) -> Response:
     """One JSON body, or nothing to nobody when the client has gone in the meantime."""
-    folding = asyncio.ensure_future(_folded(generations))
+    folding = asyncio.ensure_future(_folded(shape, generations))
     leaving = asyncio.ensure_future(disconnected(request.receive))
     try:
         await asyncio.wait({folding, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not folding.done():
             return Response(status_code=CLIENT_CLOSED)
         whole = await folding
-        return JSONResponse(shape.answered_by(generations[0].model).whole(whole))
+        return JSONResponse(_known(shape, generations).whole(whole))
     except UserError as error:
         return error_response(error)
     finally:
@@ -109,22 +113,51 @@ async def answer(shape: Shape, generations: Sequence[Generation], request: Reque
         await ended(folding, leaving)
 
 
-async def _folded(generations: Sequence[Generation]) -> list[Reply]:
-    texts: list[list[str]] = [[] for _ in generations]
-    scores = [Scores() for _ in generations]
-    scored: list[list[Scored]] = [[] for _ in generations]
-    replies: dict[int, Reply] = {}
+async def _folded(shape: Shape, generations: Sequence[Generation]) -> list[Reply]:
+    said: list[list[Chunk]] = [[] for _ in generations]
     async with aclosing(merged(generations, None)) as chunks:
         async for index, chunk in chunks:
             if chunk.finish_reason == "error":
                 raise _reported(chunk.error)
-            texts[index].append(chunk.text)
-            if chunk.logprobs:
-                scored[index] += scores[index].take(chunk, generations[index].token_bytes)
-            if chunk.finish_reason:
-                text = "".join(texts[index])
-                replies[index] = Reply(text, chunk.finish_reason, chunk.stats, tuple(scored[index]))
-    return [replies[index] for index in range(len(generations))]
+            said[index].append(chunk)
+    shape = _known(shape, generations)
+    return [_reply(shape, index, generation, said[index]) for index, generation in enumerate(generations)]
+
+
+def _reply(shape: Shape, index: int, generation: Generation, chunks: Sequence[Chunk]) -> Reply:
+    """One finished reply from its chunks."""
+    scores, last = _scores(shape, generation), chunks[-1]
+    assert last.finish_reason is not None
+    scored: tuple[Scored, ...] = ()
+    if shape.envelope.scored:
+        echo = _echo(shape, scores, index, generation)[1] if shape.echoed else ()
+        scored = (*echo, *(token for chunk in chunks for token in scores.take(chunk)))
+    wanted, of_prompt = shape.envelope.prompt_logprobs, None
+    if wanted is not None:
+        of_prompt = prompt_logprobs(generation.prompt_ids, generation.prompt_scores, wanted, generation.token_bytes)
+    values = [value for chunk in chunks for value in chunk.logprobs]
+    likelihood = sum(values) / len(values) if values else 0.0
+    text = "".join(chunk.text for chunk in chunks)
+    return Reply(text, last.finish_reason, last.stats, scored, of_prompt, likelihood)
+
+
+def _known(shape: Shape, generations: Sequence[Generation]) -> Shape:
+    """The shape with what is known when a model has taken the request."""
+    echoed = [
+        prompt if isinstance(prompt, str) else b"".join(map(generation.token_bytes, prompt)).decode("utf-8", "replace")
+        for prompt, generation in zip(shape.echoed, generations)
+    ]
+    return shape.answered_by(generations[0].model, generations[0].left_out, echoed)
+
+
+def _scores(shape: Shape, generation: Generation) -> Scores:
+    return Scores(generation.token_bytes, shape.envelope.top_logprobs, every=bool(shape.echoed))
+
+
+def _echo(shape: Shape, scores: Scores, index: int, generation: Generation) -> tuple[str, tuple[Scored, ...]]:
+    """A prompt that is said again, and its scored tokens."""
+    text = str(shape.echoed[index])
+    return text, scores.echo(generation.prompt_ids, generation.prompt_scores, text)
 
 
 async def merged(

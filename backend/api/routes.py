@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from backend.api import paths, replies, shapes
+from backend.api import exposition, paths, replies, shapes
 from backend.api.body import read_object
 from backend.api.failures import HTTPFailure, ModelNotFoundError
 from backend.api.schema import (
@@ -32,6 +32,7 @@ from backend.api.sse import EventStream
 from backend.errors import NotReadyError
 from backend.events import LoadProgress, PresetInfo, Status
 from backend.generation import Generation
+from backend.metrics import Distribution, Family
 from backend.params import GenerationParams
 from backend.text.messages import Message
 
@@ -50,14 +51,30 @@ class Door(Protocol):
 
     def status(self) -> Status: ...
 
+    def metrics(self) -> list[Family | Distribution]: ...
+
     def default_params(self) -> GenerationParams: ...
 
     def chat(
-        self, messages: Sequence[Message], params: GenerationParams, *, top_logprobs: int | None = None
+        self,
+        messages: Sequence[Message],
+        params: GenerationParams,
+        *,
+        top_logprobs: int | None = None,
+        trim: bool = False,
+        score_prompt: bool = False,
+        person: str = "",
     ) -> Generation: ...
 
     def complete(
-        self, prompt: str | Sequence[int], params: GenerationParams, *, top_logprobs: int | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: GenerationParams,
+        *,
+        top_logprobs: int | None = None,
+        score_prompt: bool = False,
+        only_prompt: bool = False,
+        person: str = "",
     ) -> Generation: ...
 
 
@@ -76,6 +93,10 @@ class Endpoints:
         if status.state != "ready":
             raise NotReadyError(f"no model can answer: {status.error or status.state}")
         return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        families = await _in_thread(self.service.metrics)
+        return Response(exposition.text(families), media_type=exposition.MEDIA_TYPE)
 
     async def about(self, request: Request) -> Response:
         return JSONResponse({"version": self.version})
@@ -113,31 +134,34 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         raw = await request.body()
-        asked, model, generations = await _in_thread(lambda: self._start_chat(raw))
+        asked, model, generations = await _in_thread(lambda: self._start_chat(raw, person_of(request)))
         envelope = self._envelope("chatcmpl", model, asked)
-        return await _respond(asked, shapes.ChatShape(envelope), generations, request)
+        shape = shapes.ChatShape(envelope, 0 if asked.truncate else None)
+        return await _respond(asked, shape, generations, request)
 
     async def complete(self, request: Request) -> Response:
         raw = await request.body()
-        asked, model, generations = await _in_thread(lambda: self._start_completion(raw))
+        asked, model, generations = await _in_thread(lambda: self._start_completion(raw, person_of(request)))
         envelope = self._envelope("cmpl", model, asked)
-        echoed = tuple(str(prompt) for prompt in asked.prompts for _ in range(asked.n)) if asked.echo else ()
+        echoed = tuple(prompt for prompt in asked.prompts for _ in range(asked.tries)) if asked.echo else ()
         return await _respond(asked, shapes.TextShape(envelope, echoed), generations, request)
 
-    def _start_chat(self, raw: bytes) -> tuple[Asked, str, list[Generation]]:
+    def _start_chat(self, raw: bytes, person: str) -> tuple[Asked, str, list[Generation]]:
         asked = read_chat(read_object(raw))
         model = self._model(asked)
         choices = asked.params(self.service.default_params())
-        starts = [partial(self.service.chat, asked.messages, params, **asked.options) for params in choices]
+        starts = [
+            partial(self.service.chat, asked.messages, params, person=person, **asked.options) for params in choices
+        ]
         return asked, model, _all_or_none(starts)
 
-    def _start_completion(self, raw: bytes) -> tuple[Asked, str, list[Generation]]:
+    def _start_completion(self, raw: bytes, person: str) -> tuple[Asked, str, list[Generation]]:
         """Start every choice of every prompt before any is read, so that they run together."""
         asked = read_completion(read_object(raw))
         model = self._model(asked)
         choices = asked.params(self.service.default_params())
         starts = [
-            partial(self.service.complete, prompt, params, **asked.options)
+            partial(self.service.complete, prompt, params, person=person, **asked.options)
             for prompt in asked.prompts
             for params in choices
         ]
@@ -152,8 +176,10 @@ class Endpoints:
         return names[0] if names else ""
 
     def _envelope(self, prefix: str, model: str, asked: Asked) -> shapes.Envelope:
-        scored = asked.top_logprobs is not None
-        return shapes.Envelope(shapes.new_id(prefix), int(time.time()), model, asked.include_usage, scored, asked.n)
+        return shapes.Envelope(
+            shapes.new_id(prefix), int(time.time()), model, asked.include_usage, asked.top_logprobs is not None,
+            asked.n, asked.top_logprobs or 0, asked.prompt_logprobs, asked.best_of,
+        )  # fmt: skip
 
 
 async def _respond(asked: Asked, shape: shapes.Shape, generations: Sequence[Generation], request: Request) -> Response:
@@ -174,6 +200,11 @@ def _all_or_none(starts: Sequence[Callable[[], Generation]]) -> list[Generation]
     return started
 
 
+def person_of(request: Request) -> str:
+    """Who asks: what the guard has found out, of `persons`."""
+    return str(getattr(request.state, "person", ""))
+
+
 async def _in_thread(function: Callable[[], Result]) -> Result:
     return await anyio.to_thread.run_sync(function)
 
@@ -191,6 +222,7 @@ def add_routes(app: FastAPI, service: Door, version: str) -> None:
     get: list[tuple[str, Endpoint]] = [
         (paths.HEALTH, at.health),
         (paths.VERSION, at.about),
+        (paths.METRICS, at.metrics),
         (paths.ROOT + paths.MODELS, at.models),
         (paths.MODELS, at.models),
         (paths.ROOT + paths.MODELS + "/{name:path}", at.model),

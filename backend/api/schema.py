@@ -30,6 +30,7 @@ _LENGTH = next(knob for knob in KNOBS if knob.name == "max_tokens")
 Name = Annotated[str | None, Field(max_length=500)]
 # the knob's 0 means "until the context is full"; a client that asks for 0 tokens does not mean that
 Length = Annotated[int | None, Field(ge=1, le=int(_LENGTH.high))]
+Likeliest = Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS)]
 
 
 class GenerationFields(BaseModel):
@@ -43,13 +44,16 @@ class GenerationFields(BaseModel):
     stream_options: dict[str, Any] | None = None
     max_tokens: Length = None
     n: Annotated[int | None, Field(ge=1, le=MOST_CHOICES)] = None
+    prompt_logprobs: Likeliest = None  # vLLM's
 
 
 class ChatFields(GenerationFields):
     messages: Annotated[tuple[Message, ...], PlainValidator(read_messages, json_schema_input_type=list[dict[str, Any]])]
     max_completion_tokens: Length = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS)] = None
+    top_logprobs: Likeliest = None
+    # OpenAI's, of its newer endpoint: what to do with a chat that has outgrown the context; by default it is refused
+    truncation: Literal["auto", "disabled"] | None = None
 
 
 class CompletionFields(GenerationFields):
@@ -58,8 +62,10 @@ class CompletionFields(GenerationFields):
         PlainValidator(read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
     # not 0 means none: 0 asks for the log probability of the chosen tokens only
-    logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS)] | Literal[False] = None
+    logprobs: Likeliest | Literal[False] = None
     echo: bool | None = None
+    max_tokens: Annotated[int | None, Field(ge=0, le=int(_LENGTH.high))] = None
+    best_of: Annotated[int | None, Field(ge=1, le=MOST_CHOICES)] = None
 
 
 class LoadFields(BaseModel):
@@ -80,22 +86,37 @@ class Asked:
     prompts: Sequence[str | tuple[int, ...]] = ()
     n: int = 1
     top_logprobs: int | None = None  # likelier tokens wanted beside each one; None: no log probabilities at all
+    prompt_logprobs: int | None = None  # the same for the prompt, in a list of its own
     echo: bool = False
+    only_prompt: bool = False
+    best_of: int | None = None  # of so many replies, the n likeliest ones
+    truncate: bool = False
 
     def params(self, defaults: GenerationParams) -> list[GenerationParams]:
-        """The client's values on top of what the loaded preset recommends, for each of the n choices.
+        """The client's values on top of what the loaded preset recommends, for each reply to a prompt.
 
-        Each choice has a random stream of its own: with a seed, that of the seed plus its number.
+        Each has a random stream of its own: with a seed, that of the seed plus its number.
         """
         first = GenerationParams.from_mapping(self.sampling, defaults)
         if first.seed is None:
-            return [first] * self.n
-        return [replace(first, seed=(first.seed + number) % (LARGEST_SEED + 1)) for number in range(self.n)]
+            return [first] * self.tries
+        return [replace(first, seed=(first.seed + number) % (LARGEST_SEED + 1)) for number in range(self.tries)]
+
+    @property
+    def tries(self) -> int:
+        """Replies to each prompt, of which n are choices."""
+        return self.best_of or self.n
 
     @property
     def options(self) -> dict[str, Any]:
         """What the service is to be asked for besides."""
-        return {} if self.top_logprobs is None else {"top_logprobs": self.top_logprobs}
+        wanted = [count for count in (self.top_logprobs, self.prompt_logprobs) if count is not None]
+        if self.best_of:
+            wanted.append(0)
+        scores = self.prompt_logprobs is not None or (self.echo and self.top_logprobs is not None)
+        options: dict[str, Any] = {"top_logprobs": max(wanted)} if wanted else {}
+        flags = {"score_prompt": scores, "only_prompt": self.only_prompt, "trim": self.truncate}
+        return options | {name: True for name, wanted_too in flags.items() if wanted_too}
 
 
 def read_chat(body: Mapping[str, Any]) -> Asked:
@@ -106,7 +127,9 @@ def read_chat(body: Mapping[str, Any]) -> Asked:
     if fields.top_logprobs and not fields.logprobs:
         raise ParameterError("top_logprobs: only allowed together with logprobs: true", param="top_logprobs")
     top = (fields.top_logprobs or 0) if fields.logprobs else None
-    return _asked(fields, body, UNTIL_FULL if limit is None else limit, messages=fields.messages, top_logprobs=top)
+    truncate = fields.truncation == "auto"
+    limit = UNTIL_FULL if limit is None else limit
+    return _asked(fields, body, limit, messages=fields.messages, top_logprobs=top, truncate=truncate)
 
 
 def read_completion(body: Mapping[str, Any]) -> Asked:
@@ -115,13 +138,20 @@ def read_completion(body: Mapping[str, Any]) -> Asked:
     fields = _validated(CompletionFields, body)
     limit = COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
     top = None if fields.logprobs is False else fields.logprobs
-    if fields.echo and top is not None:
-        raise UnsupportedError("echo: not together with logprobs, this server does not score prompts", param="echo")
-    if fields.echo and not all(isinstance(prompt, str) for prompt in fields.prompt):
-        raise UnsupportedError("echo: only for prompts that are texts", param="echo")
-    if len(fields.prompt) * (fields.n or 1) > MOST_CHOICES:
-        raise ParameterError(f"n: prompts times n is above {MOST_CHOICES}", param="n")
-    return _asked(fields, body, limit, prompts=fields.prompt, top_logprobs=top, echo=bool(fields.echo))
+    only_prompt = limit == 0
+    if only_prompt and not fields.echo and fields.prompt_logprobs is None:
+        raise ParameterError("max_tokens: found 0, which needs echo or prompt_logprobs", param="max_tokens")
+    n, best_of = fields.n or 1, None if only_prompt else fields.best_of
+    if best_of is not None and fields.stream:
+        raise UnsupportedError("best_of: not together with stream", param="best_of")
+    if best_of is not None and best_of < n:
+        raise ParameterError(f"best_of: found {best_of}, expected at least n, which is {n}", param="best_of")
+    if len(fields.prompt) * (best_of or n) > MOST_CHOICES:
+        raise ParameterError(f"n: prompts times n (or best_of) is above {MOST_CHOICES}", param="n")
+    return _asked(
+        fields, body, limit or 1, prompts=fields.prompt, top_logprobs=top, echo=bool(fields.echo),
+        only_prompt=only_prompt, best_of=best_of if best_of != n else None,
+    )  # fmt: skip
 
 
 def read_load(body: Mapping[str, Any]) -> str:
@@ -133,6 +163,8 @@ def _asked(fields: GenerationFields, body: Mapping[str, Any], limit: int, **cont
     own = {knob.name: body[knob.name] for knob in KNOBS if body.get(knob.name) is not None} | dialects.translated(body)
     sampling = {knob.name: _knob_value(knob, own[knob.name]) for knob in KNOBS if knob.name in own}
     sampling["max_tokens"] = limit
+    if fields.stream and fields.prompt_logprobs is not None:
+        raise UnsupportedError("prompt_logprobs: not together with stream", param="prompt_logprobs")
     GenerationParams.from_mapping(sampling)  # a bad value is the client's error, whatever the preset's defaults are
     return Asked(
         names=tuple(name for name in (fields.model, fields.preset) if name is not None),
@@ -140,6 +172,7 @@ def _asked(fields: GenerationFields, body: Mapping[str, Any], limit: int, **cont
         include_usage=_include_usage(fields),
         sampling=sampling,
         n=fields.n or 1,
+        prompt_logprobs=fields.prompt_logprobs,
         **content,
     )
 

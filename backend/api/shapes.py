@@ -25,13 +25,24 @@ class Reply:
     finish_reason: FinishReason
     stats: Stats
     scored: tuple[Scored, ...] = ()
+    prompt_logprobs: list[Body | None] | None = None
+    likelihood: float = 0.0  # mean log probability of its tokens, where best_of chooses by it
 
 
 class Shape(Protocol):
     """How one endpoint words its answer. `index` is the choice's number."""
 
-    def answered_by(self, model: str) -> Shape:
-        """The same under the name of the model that answers, which for a request that waited is known late."""
+    @property
+    def envelope(self) -> Envelope:
+        """What all answers of the request have in common."""
+
+    @property
+    def echoed(self) -> Sequence[str | tuple[int, ...]]:
+        """The prompt of each choice, where it is to be said again."""
+
+    def answered_by(self, model: str, left_out: int = 0, echoed: Sequence[str] = ()) -> Shape:
+        """The same with what is known late of a request that waited: the name of the model that answers, how many
+        messages are not read, the prompts that are said again as texts."""
 
     def opening(self, index: int) -> Body | None:
         """What a stream says before any text, if anything."""
@@ -59,6 +70,14 @@ class Envelope:
     include_usage: bool
     scored: bool = False  # whether log probabilities were asked for
     n: int = 1  # choices for each prompt
+    top_logprobs: int = 0
+    prompt_logprobs: int | None = None
+    best_of: int | None = None
+
+    @property
+    def tries(self) -> int:
+        """Replies to each prompt."""
+        return self.best_of or self.n
 
     def tokens(self, scored: Sequence[Scored]) -> Sequence[Scored] | None:
         return scored if self.scored else None
@@ -71,19 +90,25 @@ class Envelope:
         return self.body(kind, list(choices)) | ({"usage": None} if self.include_usage else {})
 
     def closing(self, kind: str, stats: Sequence[Stats]) -> Body | None:
-        return self.body(kind, []) | {"usage": usage(stats, self.n)} if self.include_usage else None
+        return self.body(kind, []) | {"usage": usage(stats, self.tries)} if self.include_usage else None
 
 
 @dataclass(frozen=True)
 class ChatShape:
     envelope: Envelope
+    left_out: int | None = None  # messages that are not read; None: whoever asked knows of no such thing
+    echoed = ()
     kind = "chat.completion.chunk"
 
-    def answered_by(self, model: str) -> ChatShape:
-        return replace(self, envelope=replace(self.envelope, model=model)) if model else self
+    def answered_by(self, model: str, left_out: int = 0, echoed: Sequence[str] = ()) -> ChatShape:
+        shape = self if self.left_out is None else replace(self, left_out=left_out)
+        return replace(shape, envelope=replace(self.envelope, model=model)) if model else shape
 
     def opening(self, index: int) -> Body | None:
-        return self._chunk(index, {"role": "assistant", "content": ""})
+        return self._chunk(index, {"role": "assistant", "content": ""}) | self._told()
+
+    def _told(self) -> Body:
+        return {} if self.left_out is None else {"messages_left_out": self.left_out}
 
     def piece(self, index: int, text: str, scored: Sequence[Scored] = ()) -> Body:
         return self._chunk(index, {"content": text}, scored=scored)
@@ -105,7 +130,10 @@ class ChatShape:
             for index, reply in enumerate(replies)
         ]
         counts = usage([reply.stats for reply in replies], self.envelope.n)
-        return self.envelope.body("chat.completion", choices) | {"usage": counts}
+        whole = self.envelope.body("chat.completion", choices) | {"usage": counts} | self._told()
+        return (
+            whole if self.envelope.prompt_logprobs is None else whole | {"prompt_logprobs": replies[0].prompt_logprobs}
+        )
 
     def _chunk(
         self, index: int, delta: Body, reason: FinishReason | None = None, scored: Sequence[Scored] = ()
@@ -118,14 +146,19 @@ class ChatShape:
 @dataclass(frozen=True)
 class TextShape:
     envelope: Envelope
-    echoed: tuple[str, ...] = ()  # the prompt of each choice, where it is to be said again
+    echoed: tuple[str | tuple[int, ...], ...] = ()  # the prompt of each choice, where it is to be said again
     kind = "text_completion"
 
-    def answered_by(self, model: str) -> TextShape:
-        return replace(self, envelope=replace(self.envelope, model=model)) if model else self
+    def answered_by(self, model: str, left_out: int = 0, echoed: Sequence[str] = ()) -> TextShape:
+        shape = replace(self, echoed=tuple(echoed)) if self.echoed else self
+        return replace(shape, envelope=replace(self.envelope, model=model)) if model else shape
 
     def opening(self, index: int) -> Body | None:
-        return self.piece(index, self.echoed[index]) if self.echoed else None
+        """The prompt; with log probabilities it has to be read first, and comes as a piece."""
+        return self.piece(index, self._echo(index)) if self.echoed and not self.envelope.scored else None
+
+    def _echo(self, index: int) -> str:
+        return str(self.echoed[index]) if self.echoed else ""
 
     def piece(self, index: int, text: str, scored: Sequence[Scored] = ()) -> Body:
         logprobs = text_logprobs(self.envelope.tokens(scored)) if scored else None
@@ -138,17 +171,26 @@ class TextShape:
         return self.envelope.closing(self.kind, stats)
 
     def whole(self, replies: Sequence[Reply]) -> Body:
-        choices = [
-            _text_choice(
-                index,
-                (self.echoed[index] if self.echoed else "") + reply.text,
-                reply.finish_reason,
-                text_logprobs(self.envelope.tokens(reply.scored)),
-            )
-            for index, reply in enumerate(replies)
-        ]
-        counts = usage([reply.stats for reply in replies], self.envelope.n)
+        counts = usage([reply.stats for reply in replies], self.envelope.tries)
+        choices = []
+        for index, (place, reply) in enumerate(_best(replies, self.envelope)):
+            scored = text_logprobs(self.envelope.tokens(reply.scored))
+            choice = _text_choice(index, self._echo(place) + reply.text, reply.finish_reason, scored)
+            if self.envelope.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = reply.prompt_logprobs
+            choices.append(choice)
         return self.envelope.body(self.kind, choices) | {"usage": counts}
+
+
+def _best(replies: Sequence[Reply], envelope: Envelope) -> list[tuple[int, Reply]]:
+    """The n choices of each prompt, with their places among all replies: with best_of the likeliest, best first."""
+    chosen: list[tuple[int, Reply]] = []
+    for start in range(0, len(replies), envelope.tries):
+        group = list(enumerate(replies))[start : start + envelope.tries]
+        if envelope.best_of:
+            group.sort(key=lambda each: -each[1].likelihood)
+        chosen += group[: envelope.n]
+    return chosen
 
 
 def _text_choice(index: int, text: str, reason: FinishReason | None, logprobs: Body | None) -> Body:
@@ -168,11 +210,13 @@ def usage(stats: Sequence[Stats], n: int = 1) -> Body:
     """Token counts over all choices; a prompt counts once for its n choices."""
     prompt = sum(each.prompt_tokens for each in stats[::n])
     completion = sum(each.completion_tokens for each in stats)
+    shifted = sum(each.shifted_tokens for each in stats)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(each.cached_tokens for each in stats[::n])},
+        **({"shifted_tokens": shifted} if shifted else {}),  # of the middle, forgotten when the context was full
     }
 
 

@@ -1,117 +1,129 @@
-"""Which block of the KV cache holds which tokens: a prefix index over fixed blocks. Plain Python, no tensors.
+"""Which blocks of the KV cache hold which tokens. Plain Python, no torch: numbers of blocks, not their contents.
 
-Finished sequences leave their blocks in a tree, keyed by the tokens they were computed from; a new sequence takes the
-longest path that matches its own tokens, so nothing that any sequence has evaluated is evaluated again while there is
-room. Blocks nobody uses are evicted, least recently used leaf first.
+Sequences that begin alike share blocks. Every block that was ever filled stays findable in a tree until its place is
+needed: a chat's next turn finds all its earlier tokens, so nothing that any sequence has evaluated is evaluated again
+while there is room. Which blocks have to go, and where to, is the business of `places.py`.
 
 Matches are exact to the token: when a match ends inside a block, its first tokens are copied into a new block of the
-taker (`Lease.copy`), or the whole block changes hands when nobody else has a use for it.
+taker, or the whole block changes hands when nobody else has a use for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from backend.cache.places import BlockCopy, BlockRestore, BlockStore, CacheCounts, Move, Places, Tier
+from backend.cache.tree import NOWHERE, Node, Root, Tree
+
+__all__ = ["BlockCopy", "BlockPool", "BlockRestore", "BlockStore", "CacheCounts", "Lease", "Move", "Tier"]
 
 
-@dataclass(eq=False)
-class _Node:
-    """A cached block: the tokens in it, all of whose predecessors are the path from the root."""
+@dataclass
+class _Match:
+    """What the tree has of a sequence: whole blocks, and the first `tokens` tokens of one more."""
 
-    block: int
-    tokens: tuple[int, ...]
-    parent: _Node | None
-    children: dict[tuple[int, ...], _Node] = field(default_factory=dict)
-    pins: int = 0  # leases whose path goes through here
-    used: int = 0
+    path: list[Node]
+    part: Node | None = None
+    tokens: int = 0
 
-
-@dataclass(frozen=True)
-class BlockCopy:
-    """The first `tokens` tokens of block `source` are to be copied into block `target` before use."""
-
-    source: int
-    target: int
-    tokens: int
+    @property
+    def whole(self) -> bool:
+        """Whether the last block is wanted as it is and nobody else has a use for it: it changes hands."""
+        part = self.part
+        return part is not None and self.tokens == len(part.tokens) and not part.children and not part.pins
 
 
 class Lease:
     """The blocks of one running sequence, in order, and how many of its tokens the cache already held."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Root) -> None:
         self.blocks: list[int] = []
         self.cached = 0  # tokens found in the cache
-        self.copy: BlockCopy | None = None  # to be carried out once, right after `acquire`
-        self._path: list[_Node] = []  # pinned tree nodes, one for each of the first blocks
+        self._root: Root | None = root  # None: it is over
+        self._path: list[Node] = []  # pinned tree nodes, one for each of the first blocks
         self._owned: set[int] = set()  # blocks that are not in the tree: ours to free
 
 
 class BlockPool:
     """`n_blocks` blocks of `block_size` tokens. Not thread-safe: it belongs to the engine thread."""
 
-    def __init__(self, n_blocks: int, block_size: int) -> None:
+    def __init__(self, n_blocks: int, block_size: int, tier: Tier | None = None) -> None:
+        """tier: memory that evicted blocks go to; None: they are lost."""
         self.n_blocks, self.block_size = n_blocks, block_size
-        self._free = set(range(n_blocks))
-        self._root = _Node(-1, (), None)
-        self._nodes: dict[int, _Node] = {}  # by block
-        self._clock = 0
+        self._tier, self._clock = tier, 0
+        self.counts = CacheCounts()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, and moves that were not carried out; no lease may be open."""
+        self._tree = Tree()
+        self._places = Places(self.n_blocks, self._tier, self._tree, self.counts)
+
+    @property
+    def clock(self) -> int:
+        """Changes whenever a sequence begins or ends."""
+        return self._clock
 
     # counts -----------------------------------------------------------------------------------------------------------
 
     @property
     def free(self) -> int:
         """Blocks that hold nothing."""
-        return len(self._free)
+        return len(self._places.free)
 
     @property
     def cached(self) -> int:
-        """Blocks in the tree, whether in use or not."""
-        return len(self._nodes)
+        """Blocks of the pool in the tree, whether in use or not."""
+        return self._places.cached
 
     @property
     def in_use(self) -> int:
-        """Blocks that some lease holds: everything that could not be had by evicting."""
-        # A copy, because status may be asked from another thread.
-        return self.n_blocks - self.free - sum(1 for node in list(self._nodes.values()) if self._unpinned(node))
+        """Blocks that some lease holds: everything that could not be had by evicting. From any thread."""
+        return self.n_blocks - self._places.available
+
+    @property
+    def hosted(self) -> int:
+        """Blocks in the host tier."""
+        return self._places.hosted
+
+    def take_moves(self) -> list[Move]:
+        """What is to be moved, in this order, before anything is computed. Each is given out once."""
+        moves, self._places.moves = self._places.moves, []
+        return moves
 
     # a sequence's life ------------------------------------------------------------------------------------------------
 
-    def acquire(self, ids: Sequence[int]) -> Lease | None:
-        """Start a sequence of these tokens. At least the last token is left to evaluate, for its logits.
+    def acquire(self, ids: Sequence[int], salt: bytes = b"", tokens: int = 0) -> Lease | None:
+        """Start a sequence of these tokens, with room for `tokens` tokens in all. At least the last of `ids` is left to
+        evaluate, for its logits.
 
-        None when there is no free block for a partial match's copy; try again when others have ended.
+        `salt`: only sequences of the same salt find each other's blocks. None, and nothing changed, when there are too
+        few blocks for these tokens and for what has to be copied or brought back; try again when others have ended.
         """
+        root = self._tree.root(salt)
+        match = self._match(root, ids)
+        if match.part is not None and not self._has_room(match, tokens):
+            match = _Match(match.path)  # without the copy it may do
+        if not self._has_room(match, tokens):
+            self._tree.leave(root)
+            return None
         self._clock += 1
-        lease = Lease()
-        node, at, limit = self._root, 0, len(ids) - 1
-        while at < limit:
-            child = node.children.get(tuple(ids[at : at + self.block_size]))
-            if child is None or len(child.tokens) < self.block_size or at + self.block_size > limit:
-                break
-            self._pin(lease, child)
-            node, at = child, at + self.block_size
-        child, length = self._longest_start(node, ids[at:limit])
-        if child is not None and length:
-            if not self._take_start(lease, child, length):
-                self.release(lease, ids[:at])
-                return None
-            at += length
-        lease.cached = at
+        lease = Lease(root)
+        root.pins += 1
+        self._take(lease, match)
+        lease.cached = len(match.path) * self.block_size + match.tokens
+        while len(lease.blocks) * self.block_size < tokens:
+            self._add_own(lease)
         return lease
 
     def extend(self, lease: Lease, tokens: int) -> bool:
         """Make room for `tokens` tokens in all. False, and nothing changed, when there are too few blocks."""
         wanted = -(-tokens // self.block_size) - len(lease.blocks)
-        taken: list[int] = []
-        while len(taken) < wanted:
-            before = taken or lease.blocks
-            block = self._allocate(after=before[-1] if before else None)
-            if block is None:
-                self._free.update(taken)
-                return False
-            taken.append(block)
-        lease.blocks += taken
-        lease._owned.update(taken)
+        if wanted > self._places.available:
+            return False
+        for _ in range(wanted):
+            self._add_own(lease)
         return True
 
     def commit(self, lease: Lease, ids: Sequence[int]) -> None:
@@ -128,15 +140,14 @@ class BlockPool:
         self.commit(lease, ids)
         index, rest = len(lease._path), tuple(ids[len(lease._path) * self.block_size :])
         if rest and index < len(lease.blocks):
-            parent = lease._path[-1] if lease._path else self._root
-            known, length = self._longest_start(parent, rest)
+            known, length = self._end(lease).longest_start(rest)
             if known is None or length < len(rest):
                 self._publish(lease, index, rest)
         for node in lease._path:
-            node.pins -= 1
             node.used = self._clock
-        self._free.update(lease._owned)
-        lease.blocks, lease._path, lease._owned = [], [], set()
+        for node in lease._path:
+            self._places.unpin(node)
+        self._close(lease)
 
     def discard(self, lease: Lease) -> None:
         """The sequence went wrong: its blocks, and what was built on them, are not to be found by anyone again.
@@ -144,127 +155,166 @@ class BlockPool:
         Blocks that another lease is using stay until that one ends.
         """
         for node in lease._path:
-            node.pins -= 1
+            self._places.unpin(node)
         for node in lease._path:
-            if self._nodes.get(node.block) is node:
-                self._forget(node)
-        self._free.update(lease._owned)
-        lease.blocks, lease._path, lease._owned = [], [], set()
+            self._places.forget(node)
+        self._close(lease)
 
-    def clear(self) -> None:
-        """Forget everything; no lease may be open."""
-        self._free = set(range(self.n_blocks))
-        self._root, self._nodes = _Node(-1, (), None), {}
+    # what is kept over a restart --------------------------------------------------------------------------------------
 
-    # the tree ---------------------------------------------------------------------------------------------------------
+    def latest(self, most: int, ids: Sequence[int] | None = None, salt: bytes = b"") -> list[Node]:
+        """Up to `most` cached blocks, those used last, parents before children; to be read before anything is moved.
 
-    def _pin(self, lease: Lease, node: _Node) -> None:
-        node.pins += 1
-        node.used = self._clock
-        lease._path.append(node)
-        lease.blocks.append(node.block)
+        `ids`: only what belongs to this sequence, its beginning first.
+        """
+        root = self._tree.root(salt)
+        if ids is not None:
+            match = self._match(root, [*ids, NOWHERE])  # all of it: here nothing has to be left to evaluate
+            found = [*match.path, *([match.part] if match.part is not None else [])]
+        else:
+            found = _parents_first(sorted(root.below()[1:], key=lambda node: -node.used))
+        self._tree.leave(root)
+        return found[:most]
+
+    def plant(
+        self, parent: Node | None, tokens: Sequence[int], salt: bytes = b"", age: int = 0
+    ) -> tuple[Node, bool] | None:
+        """A block that was computed at another time, as a child of `parent` (None: it begins a sequence).
+
+        `age`: how long ago it was used, in turns of the pool; who is oldest has to go first.
+        Its node, and whether it is new: then its place, in the pool or in the host tier, has to be filled before
+        anything else is asked of the cache. None: there is no room for it without evicting.
+        """
+        root, key = self._tree.root(salt), tuple(tokens)
+        above = parent or root
+        known = above.children.get(key)
+        if known is not None:
+            return known, False
+        node = Node(key, above)
+        node.used = self._clock - age
+        if self.free and (parent is None or parent.block != NOWHERE):
+            node.block = self._places.allocate(after=None if parent is None else parent.block)
+        else:
+            slot = self._places.free_slot()
+            if slot is None:
+                self._tree.leave(root)
+                return None
+            node.slot = slot
+        self._places.add(node)
+        return node, True
+
+    # helpers ----------------------------------------------------------------------------------------------------------
+
+    def _match(self, root: Root, ids: Sequence[int]) -> _Match:
+        path: list[Node] = []
+        node: Node = root
+        at, limit = 0, len(ids) - 1
+        while at + self.block_size <= limit:
+            child = node.children.get(tuple(ids[at : at + self.block_size]))
+            if child is None:
+                break
+            path.append(child)
+            node, at = child, at + self.block_size
+        part, tokens = node.longest_start(ids[at : min(limit, at + self.block_size)])
+        return _Match(path, part, tokens)
+
+    def _has_room(self, match: _Match, tokens: int) -> bool:
+        """Whether the blocks can be had that a match needs, and those after it for `tokens` tokens in all."""
+        there = self._places.available - sum(node.block != NOWHERE and not node.pins for node in match.path)
+        needed = sum(node.block == NOWHERE for node in match.path)
+        later, blocks, part = there, len(match.path), match.part
+        if part is not None:
+            blocks += 1
+            idle = part.block != NOWHERE and not part.pins
+            there -= idle  # the source of a copy cannot be had before it is made
+            if idle and match.whole:
+                later = there
+            else:
+                needed += 1
+        after = -(-tokens // self.block_size) - blocks
+        return needed <= there and needed + max(0, after) <= later
+
+    def _take(self, lease: Lease, match: _Match) -> None:
+        """The blocks of a match into the lease."""
+        places, part, whole = self._places, match.part, match.whole
+        for node in (*match.path, *([part] if part is not None else [])):
+            places.pin(node, self._clock)  # they must survive the search for free blocks
+        for node in match.path:
+            if node.block == NOWHERE:
+                places.bring_back(node, after=lease.blocks[-1] if lease.blocks else None)
+            lease.blocks.append(node.block)
+            lease._path.append(node)
+        if part is None:
+            return
+        if whole and part.block != NOWHERE:  # nothing to copy, and the blocks stay in one run
+            block = part.block
+            places.unpin(part)
+            places.detach(part)
+            lease.blocks.append(block)
+            lease._owned.add(block)
+            return
+        block = self._add_own(lease)
+        if part.block != NOWHERE:
+            places.moves.append(BlockCopy(part.block, block, match.tokens))
+        else:
+            places.copy_in(part, block)
+        places.unpin(part)
+        if whole:
+            places.remove(part)
+
+    def _add_own(self, lease: Lease) -> int:
+        """A further block of the lease's own."""
+        block = self._places.allocate(after=lease.blocks[-1] if lease.blocks else None)
+        lease.blocks.append(block)
+        lease._owned.add(block)
+        return block
 
     def _publish(self, lease: Lease, index: int, tokens: tuple[int, ...]) -> None:
         """Put the lease's block `index` into the tree, or follow an equal block that is there already."""
-        parent = lease._path[-1] if lease._path else self._root
+        parent, block = self._end(lease), lease.blocks[index]
         node = parent.children.get(tokens)
         if node is None:
-            block = lease.blocks[index]
-            node = _Node(block, tokens, parent)
-            parent.children[tokens] = node
-            self._nodes[block] = node
+            node = Node(tokens, parent, block)
+            node.pins, node.used = 1, self._clock
+            self._places.add(node)
             lease._owned.discard(block)
             self._drop_shorter(parent, node)
-        # With an equal node the lease keeps computing in its own block, and pins the node as the way to what follows.
-        node.pins += 1
-        node.used = self._clock
+        else:
+            self._places.pin(node, self._clock)
+            if node.block == NOWHERE:  # in the host tier until now
+                self._places.settle(node, block)
+                lease._owned.discard(block)
+            # Else the lease keeps computing in its own block, and pins the node as the way to what follows.
         lease._path.append(node)
 
-    def _drop_shorter(self, parent: _Node, node: _Node) -> None:
+    def _drop_shorter(self, parent: Node, node: Node) -> None:
         """A part-filled leaf that is a beginning of the new block says nothing the new block does not."""
-        for other in list(parent.children.values()):
-            shorter = len(other.tokens) < len(node.tokens) and node.tokens[: len(other.tokens)] == other.tokens
-            if shorter and self._unpinned(other) and not other.children:
-                self._remove(other)
-                self._free.add(other.block)
+        for length in range(1, len(node.tokens)) if len(parent.children) > 1 else ():
+            other = parent.children.get(node.tokens[:length])
+            if other is not None and not other.pins and not other.children:
+                self._places.remove(other)
 
-    def _longest_start(self, node: _Node, ids: Sequence[int]) -> tuple[_Node | None, int]:
-        """The child that shares the most first tokens with `ids`, and how many."""
-        best, best_length = None, 0
-        for child in node.children.values():
-            length = 0
-            for ours, theirs in zip(ids, child.tokens, strict=False):
-                if ours != theirs:
-                    break
-                length += 1
-            if length > best_length:
-                best, best_length = child, length
-        return best, best_length
+    def _end(self, lease: Lease) -> Node:
+        assert lease._root is not None, "a lease was used after its end"
+        return lease._path[-1] if lease._path else lease._root
 
-    def _take_start(self, lease: Lease, child: _Node, length: int) -> bool:
-        if length == len(child.tokens) and not child.children and self._unpinned(child):
-            self._remove(child)  # the whole block changes hands: nothing to copy, and the blocks stay in one run
-            lease.blocks.append(child.block)
-            lease._owned.add(child.block)
-            return True
-        child.pins += 1  # it must survive the search for a free block
-        target = self._allocate(after=lease.blocks[-1] if lease.blocks else None)
-        child.pins -= 1
-        if target is None:
-            return False
-        child.used = self._clock
-        lease.blocks.append(target)
-        lease._owned.add(target)
-        lease.copy = BlockCopy(child.block, target, length)
-        return True
+    def _close(self, lease: Lease) -> None:
+        for block in lease._owned:
+            self._places.free.add(block)
+        if lease._root is not None:
+            lease._root.pins -= 1
+            self._tree.leave(lease._root)
+        lease.blocks, lease._path, lease._owned, lease._root = [], [], set(), None
 
-    def _unpinned(self, node: _Node) -> bool:
-        return node.pins == 0
 
-    def _remove(self, node: _Node) -> None:
-        assert node.parent is not None
-        del node.parent.children[node.tokens]
-        del self._nodes[node.block]
-
-    def _forget(self, top: _Node) -> None:
-        """Remove a node and everything below it, unless somebody's path goes through there."""
-        below = [top]
-        for node in below:  # grows while it is walked: parents before children
-            below += node.children.values()
-        for node in reversed(below):
-            if self._unpinned(node) and not node.children:
-                self._remove(node)
-                self._free.add(node.block)
-
-    # free blocks ------------------------------------------------------------------------------------------------------
-
-    def _allocate(self, after: int | None) -> int | None:
-        """A free block, the one right after `after` if possible: a sequence in one run needs no gathering."""
-        if not self._free and not self._evict():
-            return None
-        block = after + 1 if after is not None and after + 1 in self._free else self._start_of_new_run()
-        self._free.discard(block)
-        return block
-
-    def _start_of_new_run(self) -> int:
-        """Where a sequence has most room to grow: half-way into the longest free run, so that whoever ends at the
-        run's beginning can grow as well."""
-        longest, start, previous = (-1, 0), -1, -2
-        for block in sorted(self._free):
-            if block != previous + 1:
-                start = block
-            previous = block
-            if block - start + 1 > longest[1]:
-                longest = (start, block - start + 1)
-        first, length = longest
-        return first if first == 0 else first + length // 2
-
-    def _evict(self) -> bool:
-        """Free the least recently used leaf that nobody uses. False when there is none."""
-        leaves = [node for node in self._nodes.values() if self._unpinned(node) and not node.children]
-        if not leaves:
-            return False
-        node = min(leaves, key=lambda leaf: leaf.used)
-        self._remove(node)
-        self._free.add(node.block)
-        return True
+def _parents_first(nodes: Sequence[Node]) -> list[Node]:
+    """The same nodes; each one's ancestors come right before it where they have not come yet."""
+    found: dict[Node, None] = {}
+    for node in nodes:
+        way = []
+        above: Node | None = node
+        while above is not None and above not in found and not isinstance(above, Root):
+            way.append(above)
+            above = above.parent
+        found |= dict.fromkeys(reversed(way))
+    return list(found)

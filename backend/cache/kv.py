@@ -6,15 +6,21 @@ from collections.abc import Sequence
 
 import torch
 
-from backend.cache.blocks import BlockCopy
+from backend.cache.host import HostTier, copy_block
+from backend.cache.int8 import quantised, values_of
+from backend.cache.places import BlockCopy, BlockStore, Move
 from backend.model.config import ModelConfig
+
+# Values of the preset's key `kv_cache`, without `auto`.
+KV_TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "int8": torch.int8}
 
 
 class KVPool:
     """Two tensors (layers, n_kv_heads, slots, head_dim); slot = block * block_size + place in the block.
 
-    On the CPU the memory is reserved, not touched: the operating system gives a page when the first token is stored in
-    it. On another device it is taken at once.
+    In int8 there are two more, `key_scales` and `value_scales`, float32 (layers, n_kv_heads, slots): see `int8.py`. On
+    the CPU the memory is reserved, not touched: the operating system gives a page when the first token is stored in it.
+    On another device it is taken at once.
     """
 
     def __init__(
@@ -24,24 +30,54 @@ class KVPool:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        host_bytes: int = 0,
     ) -> None:
+        """host_bytes: the limit of the host tier, `host`; there is none where not even one block fits in it."""
         shape = (config.n_layers, config.n_kv_heads, n_blocks * block_size, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.key_scales: torch.Tensor | None = None
+        self.value_scales: torch.Tensor | None = None
+        if dtype == torch.int8:
+            self.key_scales = torch.empty(shape[:3], dtype=torch.float32, device=device)
+            self.value_scales = torch.empty(shape[:3], dtype=torch.float32, device=device)
         self.n_blocks, self.block_size = n_blocks, block_size
+        pinned = self.keys.device.type == "cuda"
+        tier = HostTier([(array.shape, array.dtype) for array in self.block(0)], host_bytes, pinned=pinned)
+        self.host = tier if host_bytes >= tier.block_bytes else None
 
     @property
     def device(self) -> torch.device:
         return self.keys.device
 
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+    @property
+    def arrays(self) -> list[torch.Tensor]:
+        """All tensors of the pool; slots are their third dimension."""
+        found = (self.keys, self.values, self.key_scales, self.value_scales)
+        return [array for array in found if array is not None]
 
-    def copy(self, order: BlockCopy) -> None:
-        """Carry out a lease's copy: the beginning of one block into another, in all layers."""
-        source, target = order.source * self.block_size, order.target * self.block_size
-        for pool in (self.keys, self.values):
-            pool[:, :, target : target + order.tokens] = pool[:, :, source : source + order.tokens]
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    def block(self, number: int) -> list[torch.Tensor]:
+        """Views of one block, (layers, n_kv_heads, block_size, ...), one for each of `arrays`."""
+        start = number * self.block_size
+        return [array[:, :, start : start + self.block_size] for array in self.arrays]
+
+    def carry_out(self, moves: Sequence[Move]) -> None:
+        """What the block pool has written down, in its order. On CUDA it is begun here and done before whatever is
+        computed next on the same stream."""
+        for move in moves:
+            if isinstance(move, BlockCopy):
+                tokens = move.tokens
+                source, target = self.block(move.source), self.block(move.target)
+                source, target = [each[:, :, :tokens] for each in source], [each[:, :, :tokens] for each in target]
+            else:
+                assert self.host is not None
+                block, slot = self.block(move.block), self.host.block(move.slot)
+                source, target = (block, slot) if isinstance(move, BlockStore) else (slot, block)
+            for here, there in zip(source, target, strict=True):
+                copy_block(there, here)
 
     def table(self, blocks: Sequence[int], start: int, end: int) -> SequenceSlots:
         """Where tokens `start` to `end` of a sequence in these blocks are stored, and everything before them."""
@@ -49,16 +85,33 @@ class KVPool:
 
     def store(self, layer: int, slots: SequenceSlots, keys: torch.Tensor, values: torch.Tensor) -> None:
         """keys, values (new tokens, n_kv_heads, head_dim) -> their slots."""
-        at = 0
-        for start, length in slots.new:
-            self.keys[layer, :, start : start + length] = keys[at : at + length].transpose(0, 1)
-            self.values[layer, :, start : start + length] = values[at : at + length].transpose(0, 1)
-            at += length
+        for pool, scales, new in ((self.keys, self.key_scales, keys), (self.values, self.value_scales, values)):
+            heads = new.transpose(0, 1)  # (n_kv_heads, new tokens, head_dim)
+            steps = None
+            if scales is not None:
+                heads, steps = quantised(heads.float())
+            at = 0
+            for start, length in slots.new:
+                pool[layer, :, start : start + length] = heads[:, at : at + length]
+                if scales is not None and steps is not None:
+                    scales[layer, :, start : start + length] = steps[:, at : at + length]
+                at += length
 
     def read(self, layer: int, slots: SequenceSlots) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """All keys and values of the sequence, one pair of views (n_kv_heads, tokens, head_dim) for each run."""
-        keys, values = self.keys[layer], self.values[layer]
-        return [(keys[:, at : at + length], values[:, at : at + length]) for at, length in slots.all]
+        """All keys and values of the sequence, one pair (n_kv_heads, tokens, head_dim) for each run.
+
+        Views; what is in int8 is decoded, to bfloat16 on CUDA, whose attention needs 16 bits to be fast.
+        """
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+        def seen(pool: torch.Tensor, scales: torch.Tensor | None, at: int, length: int) -> torch.Tensor:
+            run = pool[layer, :, at : at + length]
+            return run if scales is None else values_of(run, scales[layer, :, at : at + length], dtype)
+
+        return [
+            (seen(self.keys, self.key_scales, at, length), seen(self.values, self.value_scales, at, length))
+            for at, length in slots.all
+        ]
 
 
 class SequenceSlots:

@@ -14,8 +14,8 @@ from backend.errors import ParameterError, UserError
 from backend.headers import read_headers
 from backend.models import ModelFolder
 from backend.placement.machine import Gpu, Machine
-from backend.placement.plan import Plan, nearest_that_fits, plan
-from backend.presets import Preset, PresetFolder
+from backend.placement.plan import Plan, nearest_that_fits, plan, with_draft, without
+from backend.presets import DraftPreset, Preset, PresetFolder
 from backend.settings import PROJECT, Settings
 from backend.units import parse_bytes, show_bytes
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model:
         presets = [dataclasses.replace(with_model(preset, arguments.model), name=preset.name) for preset in presets]
     machine = _machine(this_machine(), changes.get("vram"))
-    rows = [_row(dataclasses.replace(preset, **changes), models, machine) for preset in presets]
+    rows = [_row(dataclasses.replace(preset, **changes), folder, models, machine) for preset in presets]
     if arguments.json:
         print(json.dumps({"presets": [_facts(row, rows) for row in rows]}, indent=2, ensure_ascii=False))
         return 0
@@ -59,10 +59,16 @@ class Row:
     note: str = ""
 
 
-def _row(preset: Preset, models: ModelFolder, machine: Machine) -> Row:
+def _row(preset: Preset, folder: PresetFolder, models: ModelFolder, machine: Machine) -> Row:
     try:
-        headers = read_headers(preset, models, PROJECT)
-        return Row(preset, plan(preset, headers.config, headers.tensors, machine), headers.note)
+        headers, draft = read_headers(preset, models, PROJECT), preset.speculation
+        if not isinstance(draft, DraftPreset):
+            return Row(preset, plan(preset, headers.config, headers.tensors, machine), headers.note)
+        beside = _row(folder.read(draft.name), folder, models, machine)
+        if beside.plan is None:
+            return Row(preset, note=beside.note)
+        own = plan(preset, headers.config, headers.tensors, without(machine, beside.plan))
+        return Row(preset, with_draft(own, beside.plan), headers.note)
     except UserError as error:
         return Row(preset, note=error.message)
 

@@ -61,6 +61,8 @@ class CompiledStep:
             output=output,
             keys=keys.data_ptr(),
             values=pool.values.data_ptr(),
+            key_scales=None if pool.key_scales is None else pool.key_scales.data_ptr(),
+            value_scales=None if pool.value_scales is None else pool.value_scales.data_ptr(),
             layer_bytes=keys.stride(0) * keys.itemsize,
             head_bytes=keys.stride(1) * keys.itemsize,
             kind=steps.KINDS[keys.dtype],

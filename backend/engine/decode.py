@@ -37,7 +37,7 @@ class Decoder:
 
     def takes(self, work: Sequence[Work]) -> bool:
         """Whether a step is of this kind."""
-        return 0 < len(work) <= SIZES[-1] and all(item.tokens == 1 and item.gives_logits for item in work)
+        return 0 < len(work) <= SIZES[-1] and all(item.evaluated == item.logit_rows == 1 for item in work)
 
     def run(self, work: Sequence[Work]) -> torch.Tensor:
         """Returns logits, float32 (sequences, vocab), on the device, good until the next step."""
@@ -62,8 +62,11 @@ class Decoder:
         def attend(layer: int, heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
             pairs = torch.view_as_real(turns) if turns.is_complex() else turns
             keys, values = pool.keys[layer], pool.values[layer]
-            query = paged.turn_and_store(heads, pairs, slots, keys, values, config.n_heads, config.rope_interleaved)
-            return paged.decode(query, keys, values, table, lengths, pool.block_size, config.sliding_window)
+            scales = [None if each is None else each[layer] for each in (pool.key_scales, pool.value_scales)]
+            query = paged.turn_and_store(
+                heads, pairs, slots, keys, values, config.n_heads, config.rope_interleaved, *scales
+            )
+            return paged.decode(query, keys, values, table, lengths, pool.block_size, config.sliding_window, *scales)
 
         every = torch.arange(rows.shape[0], device=rows.device)
         return model.forward(rows[:, 0].long(), lengths.long() - 1, attend, every)

@@ -7,18 +7,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from backend.cache.blocks import BlockPool
-from backend.engine.request import Request
+from backend.engine.pacing import Pacing
+from backend.engine.pairs import Pairs
+from backend.engine.prompt_scores import score_prompt
+from backend.engine.request import Request, middle
 from backend.engine.runner import Runner
 from backend.engine.scheduler import PREFILL_TOKENS, Scheduler, Work
 from backend.engine.shortage import run_step
+from backend.engine.speculation import Counts, Speculation
 from backend.errors import EngineError, NumericalError, UserError
 from backend.events import FinishReason
+from backend.metrics import Records
 from backend.sampling.chain import log_probability, top_log_probabilities
+from backend.sampling.guidance import guided
 from backend.sampling.sampler import Sampler
 
+NOT_FINITE = "the model's output contains NaN or Inf, so no token can be drawn from it"
 REST_SECONDS = 0.02  # while every reply waits for its speed limit; a new request or a Stop waits this long at most
 
 log = logging.getLogger(__name__)
@@ -50,11 +58,16 @@ class Engine:
         blocks: BlockPool,
         sleep: Callable[[float], None] = time.sleep,
         prefill_tokens: int = PREFILL_TOKENS,
+        speculation: Speculation | None = None,
     ) -> None:
-        """`prefill_tokens`: of prompts in one step."""
+        """`prefill_tokens`: of prompts in one step. `speculation` None: one token a step for every sequence."""
         self.runner, self.blocks, self._sleep = runner, blocks, sleep
-        self.scheduler = Scheduler(blocks, prefill_tokens)
+        self.scheduler = Scheduler(blocks, prefill_tokens, Pacing(prefill_tokens))
+        self._speculation = speculation
+        self.counts = Counts()
+        self.records: Records | None = None  # of requests that go on and end, where somebody wants to know
         self._drawing: dict[Request, _Drawing] = {}
+        self._pairs = Pairs()
 
     @property
     def idle(self) -> bool:
@@ -65,29 +78,42 @@ class Engine:
 
     def step(self) -> None:
         """Do one batch of work. An exception of ours ends every running request with an error, and no other."""
+        begin = time.perf_counter()
         self._drop_cancelled()
         try:
             work = self.scheduler.schedule()
-            copies, self.scheduler.copies = self.scheduler.copies, []
-            self.runner.copy_blocks(copies)
+            if self._speculation is not None:
+                work = self._speculation.add_drafts(work, self.scheduler.room)
+            self.runner.copy_blocks(self.blocks.take_moves())
             if not work:
                 self._rest()
                 return
+            started = time.perf_counter()
             work, logits = run_step(self.runner.run, work, self._end)
             if not work:
                 return
-            finite = torch.isfinite(logits).all(dim=-1).tolist()
+            # Not torch's: it would take three passes, and wait for threads.
+            finite = np.isfinite(logits.numpy()).all(axis=-1).tolist()
+            computed = time.perf_counter()
         except Exception as error:  # whatever it is, the readers must hear of it and the next request must work
             log.exception("the engine failed in a step")
             self._fail_all(error)
             return
-        row = 0
+        share = self._speculation.observe(work, computed - started) if self._speculation is not None else 1.0
+        row, drawn = 0, self.counts.drawn
         for item in work:
-            gives_logits = item.gives_logits
+            first, row = row, row + item.logit_rows
+            drawn_from = slice(row - 1 - len(item.drafts), row) if item.draws else None
+            begin_at, scored = item.request.computed, item.request.score_prompt
             self.scheduler.advance(item)
-            if gives_logits:
-                self._continue(item, logits[row], finite[row])
-                row += 1
+            if scored and not self._score(item.request, begin_at, logits[first:row]):
+                continue
+            if drawn_from is not None and item.request.phase != "done":
+                self._draw(item, logits[drawn_from], finite[drawn_from])
+        ended = time.perf_counter()
+        if self._speculation is not None and self.counts.drawn > drawn:
+            self._speculation.observe_draws(self.counts.drawn - drawn, ended - computed)
+        self.scheduler.measured(work, (ended - begin) * share)
 
     def _end(self, request: Request, error: Exception) -> None:
         self._finish(request, "error", error, keep=False)
@@ -97,19 +123,57 @@ class Engine:
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             self._finish(request, "error", error)
 
-    def _continue(self, work: Work, logits: torch.Tensor, finite: bool) -> None:
-        """Draw the next token of one request and decide whether it is the last."""
+    def _draw(self, work: Work, logits: torch.Tensor, finite: list[bool]) -> None:
+        """Draw from the step's logits; for one of a guided pair, when the other's are here too."""
+        leader = work.request.leader or work.request
+        if leader.partner is None:
+            self._continue(work, logits, finite)
+            return
+        if not all(finite):
+            self._finish(leader, "error", NumericalError(NOT_FINITE), keep=False)
+            return
+        both = self._pairs.join(work.request, logits[0])
+        if both is not None:
+            own, negative = both
+            self._continue(Work(leader, 1), own[None], [True], guided(own, negative, leader.params.guidance_scale))
+
+    def _continue(
+        self, work: Work, logits: torch.Tensor, finite: list[bool], drawn_from: torch.Tensor | None = None
+    ) -> None:
+        """Draw the next tokens of one request: one, and one more after each draft that is what was drawn.
+
+        logits float32 (1 + drafts, vocab); finite: whether all numbers of a row are. `drawn_from`, where it is not the
+        model's own row that is drawn from: float32 (vocab,).
+        """
         request = work.request
+        if request.only_prompt:
+            self._finish(request, "length")
+            return
+        self.counts.passes += 1
+        self.counts.drafted += len(work.drafts)
+        request.drafted += len(work.drafts)
         try:
-            if not finite:
-                raise NumericalError("the model's output contains NaN or Inf, so no token can be drawn from it")
-            drawing = self._drawing.get(request) or self._begin(request)
-            drawn = drawing.sampler.next(logits)
-            if drawn.token is None:
-                del drawing.held[len(drawing.held) - drawn.rewind :]
-                self.scheduler.rewind(request, drawn.rewind)
-                return
-            reason = self._take(request, drawing, self._token(request, logits, drawn.token))
+            for row, draft in enumerate((*work.drafts, None)):
+                if not finite[row]:
+                    raise NumericalError(NOT_FINITE)
+                drawing = self._drawing.get(request) or self._begin(request)
+                drawn = drawing.sampler.next(logits[row] if drawn_from is None else drawn_from)
+                if drawn.token is None:
+                    del drawing.held[len(drawing.held) - drawn.rewind :]
+                    self.scheduler.rewind(request, drawn.rewind)
+                    if self._speculation is not None:
+                        self._speculation.rewound(request)
+                    return
+                self.counts.drawn += 1
+                reason = self._take(request, drawing, self._token(request, logits[row], drawn.token))
+                if reason is None and request.shifts:
+                    self._shift(request, len(drawing.held))
+                    return
+                if reason is not None or drawn.token != draft:
+                    break
+                self.scheduler.accept(request)
+                self.counts.accepted += 1
+                request.accepted += 1
         except Exception as error:  # this request's own trouble: the others go on
             if not isinstance(error, UserError):
                 log.exception("request %s failed", request.id)
@@ -118,6 +182,15 @@ class Engine:
             return
         if reason is not None:
             self._finish(request, reason)
+
+    def _score(self, request: Request, start: int, logits: torch.Tensor) -> bool:
+        """Score the prompt's tokens; False where that ends the request."""
+        try:
+            score_prompt(request, start, logits)
+        except NumericalError as error:
+            self._finish(request, "error", error, keep=False)
+            return False
+        return True
 
     def _begin(self, request: Request) -> _Drawing:
         sampler = Sampler(
@@ -137,14 +210,17 @@ class Engine:
 
     def _take(self, request: Request, drawing: _Drawing, token: _Token) -> FinishReason | None:
         now = request.clock()
+        if self.records is not None and request.last_at is not None:
+            self.records.gap(now - request.last_at)
         request.first_at = request.first_at or now
         request.last_at = now
         request.pace(now)
-        request.ids.append(token.id)
+        for each in request.together():
+            each.ids.append(token.id)
         request.phase = "decode"
         drawing.held.append(token)
         ended = token.id in request.end_ids or token.id in request.params.stop_token_ids
-        full = len(request.ids) >= request.max_length
+        full = len(request.ids) >= request.max_length and not request.shifts
         # At the end nothing is taken back any more: a beginning of a banned text is not one.
         keep = 0 if ended or full or drawing.sampler.complete else drawing.sampler.held
         while len(drawing.held) > keep:
@@ -158,6 +234,12 @@ class Engine:
             return "stop"
         return "length" if full else None
 
+    def _shift(self, request: Request, held: int) -> None:
+        """The context is full in the middle of a reply: keep the beginning and the later half of the rest."""
+        if self._speculation is not None:
+            self._speculation.forget(request)  # its places are no longer those of the ids
+        self.scheduler.shift(request, *middle(request, held))
+
     def _rest(self) -> None:
         """Wait a moment when all running replies have said what their speed limit allows by now."""
         due = [request.not_before - request.clock() for request in self.scheduler.running if request.not_before]
@@ -167,9 +249,18 @@ class Engine:
     def _finish(
         self, request: Request, reason: FinishReason, error: Exception | None = None, *, keep: bool = True
     ) -> None:
+        request = request.leader or request
+        if request.phase == "done":
+            return
         self.scheduler.remove(request, keep=keep)
-        request.phase = "done"
+        for each in request.together():
+            each.phase = "done"
+        if self.records is not None:
+            self.records.ended(request.stats(), request.clock() - request.submitted_at, reason, error)
+        self._pairs.forget(request)
         drawing = self._drawing.pop(request, None)
+        if self._speculation is not None:
+            self._speculation.forget(request)
         try:
             for shown in drawing.held if drawing is not None else ():
                 if request.listener.on_token(shown.id, shown.logprob, top=shown.top):
@@ -187,5 +278,4 @@ class Engine:
         error = EngineError(f"the engine failed ({type(cause).__name__}); the next request starts afresh")
         for request in list(self.scheduler.running):
             self._finish(request, "error", error, keep=False)
-        self.scheduler.copies = []
         self.blocks.clear()  # half-written blocks must not be found by anyone

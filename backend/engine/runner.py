@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from backend.cache.blocks import BlockCopy
+from backend.cache.blocks import Move
 from backend.cache.kv import KVPool, SequenceSlots
 from backend.engine.compiled import CompiledStep, Tokens
 from backend.engine.gpu import decoder, enter, on_device, to_host
@@ -43,12 +43,14 @@ class Runner:
         """Whether a step is one compiled call."""
         return self._compiled is not None
 
-    def copy_blocks(self, orders: Sequence[BlockCopy]) -> None:
-        for order in orders:
-            self.pool.copy(order)
+    def copy_blocks(self, moves: Sequence[Move]) -> None:
+        """Carry out what the block pool has written down, in its order, before anything else is computed."""
+        if moves:
+            enter(self.device)
+            self.pool.carry_out(moves)
 
     def run(self, work: Sequence[Work]) -> torch.Tensor:
-        """Evaluate the step. Returns logits, float32 (works that give logits, vocab), in the order of `work`."""
+        """Evaluate the step. Returns logits, float32 (sum of `logit_rows`, vocab), in the order of `work`."""
         self.steps += 1
         enter(self.device)
         if self._decoder is not None and self._decoder.takes(work):
@@ -61,10 +63,15 @@ class Runner:
         for item in work:
             request, start = item.request, item.request.computed
             assert request.lease is not None
-            parts.append(Tokens(len(ids), item.tokens, start, request.lease.blocks))
+            blocks = request.lease.blocks
+            if item.drafts and self._compiled is None:
+                # Torch's attention rounds several queries otherwise than one: each token as if it came alone.
+                parts += [Tokens(len(ids) + n, 1, start + n, blocks) for n in range(item.evaluated)]
+            else:
+                parts.append(Tokens(len(ids), item.evaluated, start, blocks))
             ids += request.ids[start : start + item.tokens]
-            if item.gives_logits:
-                rows.append(len(ids) - 1)
+            ids += item.drafts
+            rows += range(len(ids) - item.logit_rows, len(ids))
         self.tokens_evaluated += len(ids)
         return self._logits(ids, parts, rows)
 
@@ -79,7 +86,8 @@ class Runner:
     def _logits(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int]) -> torch.Tensor:
         """The step itself: compiled where that applies, else one torch operation after the other."""
         if self._threads is not None:
-            self._threads.use(len(ids))
+            # A compiled step has threads of its own; what torch does around it is small, and so is drawing.
+            self._threads.use(len(ids) if self._compiled is None else 1)
         with torch.inference_mode():
             if self._compiled is not None:
                 return self._compiled.run(ids, parts, rows, self._threads.all if self._threads else 1)

@@ -1,17 +1,24 @@
 """Who runs in the next step, and with how many tokens. Plain Python: no tensors.
 
-Every running sequence that has its prompt behind it gets one token; sequences still reading share what is left of the
-step's token budget, oldest first. So nobody's reply waits for somebody's long prompt longer than one chunk. When blocks
-run out, the youngest sequence gives its own back and reads again later: its ids, and with its random stream its text,
-stay the same.
+Every running sequence that has its prompt behind it gets one token; those still reading share the step's budget of
+prompt tokens, evenly between people and oldest first for each of them. The budget is small while somebody's reply is
+being written (`pacing.py`), so nobody's reply waits for somebody's long prompt.
+
+Admission is by free blocks, one person after the other (`fairness.py`). Who would read what another is reading at the
+moment waits until it is there. When blocks run out, the person who holds most gives those of their latest request back
+and reads again later: its ids, and with its random stream its text, stay the same. The oldest running request never
+has to, so there is always one that comes to its end.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from backend.cache.blocks import BlockCopy, BlockPool, Lease
+from backend.cache.blocks import BlockPool, Lease
+from backend.engine.fairness import Served, shares
+from backend.engine.pacing import Pacing
 from backend.engine.request import Request
 
 PREFILL_TOKENS = 128  # of prompts in one step, all sequences together; so long is what Stop may have to wait for
@@ -20,45 +27,82 @@ MAX_RUNNING = 16
 
 @dataclass(frozen=True)
 class Work:
-    """`tokens` tokens of a request to evaluate in this step, beginning at `request.computed`."""
+    """What a step evaluates of one request: `tokens` of its own ids from `request.computed` on, then `drafts`.
+
+    Drafts are guesses of what comes after the last of its ids; there are none before all of its ids are in the step.
+    """
 
     request: Request
     tokens: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def evaluated(self) -> int:
+        """Tokens that go through the model."""
+        return self.tokens + len(self.drafts)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the step ends with the last of the request's ids (and drafts), so that a token can be drawn."""
+        return self.request.computed + self.tokens == len(self.request.ids)
+
+    @property
+    def logit_rows(self) -> int:
+        """How many of the last tokens of this work give logits."""
+        request = self.request
+        if request.score_prompt and request.computed < len(request.prompt):
+            return self.evaluated
+        return 1 + len(self.drafts) if self.draws else 0
 
     @property
     def gives_logits(self) -> bool:
-        return self.request.computed + self.tokens == len(self.request.ids)
+        return self.logit_rows > 0
+
+
+@dataclass
+class SchedulerCounts:
+    """What has happened so far."""
+
+    preemptions: int = 0
 
 
 class Scheduler:
-    def __init__(self, pool: BlockPool, prefill_tokens: int = PREFILL_TOKENS) -> None:
-        """`prefill_tokens`: of prompts in one step; more where a step brings weights from elsewhere, however short."""
-        self._pool, self._prefill_tokens = pool, prefill_tokens
-        self.waiting: deque[Request] = deque()
+    def __init__(self, pool: BlockPool, prefill_tokens: int = PREFILL_TOKENS, pacing: Pacing | None = None) -> None:
+        """`prefill_tokens`: of prompts in one step; more where a step brings weights from elsewhere, however short.
+        `pacing`: makes it fewer while replies are being written."""
+        self._pool, self._prefill_tokens, self._pacing = pool, prefill_tokens, pacing
+        self.counts = SchedulerCounts()
+        self._served = Served()
+        self._rewound: set[Request] = set()  # in the middle of a reply: they go on before anybody begins
+        self._held: dict[Request, tuple[Request, int]] = {}  # who waits -> who reads the first tokens of it, how many
+        self.waiting: deque[Request] = deque()  # of each person first those that ran before, then as they came
         self.running: list[Request] = []  # oldest first
-        self.copies: list[BlockCopy] = []  # to be carried out before the next step's work
 
     def add(self, request: Request) -> None:
+        self._served.arrive(request.person)
         self.waiting.append(request)
         self._number_waiting()
 
     def schedule(self) -> list[Work]:
         """Admit who fits and divide the step. Only requests whose blocks are reserved are in the result."""
         self._admit()
-        budget = self._prefill_tokens
+        now = [request for request in self.running if not request.not_before or request.not_before <= request.clock()]
+        tokens = dict.fromkeys((request for request in now if _left(request) == 1), 1)
+        reading = [request for request in now if _left(request) > 1]
+        tokens |= self._pieces(reading, self._pacing.budget(len(tokens)) if self._pacing else self._prefill_tokens)
         work: list[Work] = []
-        for request in list(self.running):
-            if request not in self.running:  # gave its blocks to an older one a moment ago
-                continue
-            if request.not_before and request.not_before > request.clock():
-                continue
-            left = len(request.ids) - request.computed
-            tokens = 1 if left == 1 else min(left, budget)
-            if not tokens or not self._reserve(request, request.computed + tokens):
-                continue
-            budget -= tokens if left > 1 else 0
-            work.append(Work(request, tokens))
+        for request in now:
+            # Who gave its blocks to another a moment ago runs no longer.
+            wanted = tokens.get(request, 0)
+            if wanted and request in self.running and self._reserve(request, request.computed + wanted):
+                work.append(Work(request, wanted))
         return [item for item in work if item.request in self.running]
+
+    def measured(self, work: list[Work], seconds: float) -> None:
+        """A step with this work took so long, everything included."""
+        if self._pacing is not None:
+            writing = sum(1 for item in work if item.tokens == 1)
+            self._pacing.record(writing, sum(item.tokens for item in work if item.tokens > 1), seconds)
 
     def advance(self, work: Work) -> None:
         """The step has computed this work's keys and values."""
@@ -66,61 +110,198 @@ class Scheduler:
         prompt_left = len(request.prompt) - request.computed
         request.evaluated += max(0, min(work.tokens, prompt_left))
         request.computed += work.tokens
+        self._served.charge(request.person, work.tokens)
         if request.lease is not None and request.use_cache:
+            self._pool.commit(request.lease, request.ids[: request.computed])
+
+    def room(self, request: Request, tokens: int) -> int:
+        """How many tokens after the last of its ids, `tokens` at most, have room without anybody giving up theirs."""
+        assert request.lease is not None
+        while tokens and not self._pool.extend(request.lease, len(request.ids) + tokens):
+            tokens -= 1
+        return tokens
+
+    def accept(self, request: Request) -> None:
+        """The token just taken is the draft whose keys and values the step has computed."""
+        request.computed += 1
+        if request.lease is not None and request.use_cache and request.computed % self._pool.block_size == 0:
             self._pool.commit(request.lease, request.ids[: request.computed])
 
     def rewind(self, request: Request, tokens: int) -> None:
         """Take back the last tokens of a running request. It gives up its blocks, since those of the taken tokens may
         be shared by now, and finds what is still true of them again when it is admitted, before all others."""
-        self._preempt(request)
-        del request.ids[len(request.ids) - tokens :]
+        self._rewound.add(request)
+        self._to_waiting(request)
+        for each in request.together():
+            del each.ids[len(each.ids) - tokens :]
+
+    def shift(self, request: Request, start: int, tokens: int) -> None:
+        """Take `tokens` tokens out of the middle of a running request. What follows them is read anew, at its new
+        places: the only exact way, since keys and values know where they stand."""
+        self._rewound.add(request)
+        self._to_waiting(request)
+        del request.ids[start : start + tokens]
+        request.shifted += tokens
 
     def remove(self, request: Request, *, keep: bool = True) -> None:
         """The request is over, wherever it is: its blocks go back, findable unless `keep` is False."""
+        if request not in self.waiting and request not in self.running:
+            return
         if request in self.waiting:
             self.waiting.remove(request)
-        if request in self.running:
-            self.running.remove(request)
-        self._give_back(request, keep=keep)
+        self.running = [other for other in self.running if other not in request.together()]
+        self._rewound.discard(request)
+        self._held.pop(request, None)
+        self._served.leave(request.person)
+        for each in request.together():
+            self._give_back(each, keep=keep)
         self._number_waiting()
+
+    # admission --------------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < MAX_RUNNING:
-            request = self.waiting[0]
-            lease = self._pool.acquire(request.ids if request.use_cache else request.ids[:1])
-            if lease is None:
-                return
-            needed = min(len(request.ids), lease.cached + self._prefill_tokens)
-            if not self._pool.extend(lease, needed):
-                # A pending copy was never carried out, so then only the shared blocks are what they say.
-                self._pool.release(lease, request.ids[: lease.cached] if lease.copy is None else ())
-                return
-            self._start(request, lease)
+        while (request := self._next()) is not None and self._seat(request):
+            pass
 
-    def _start(self, request: Request, lease: Lease) -> None:
-        self.waiting.popleft()
-        if lease.copy is not None:
-            self.copies.append(lease.copy)
+    def _next(self) -> Request | None:
+        """Of those who can begin: who was rewound, else the first request of whoever has been served least."""
+        ready = [request for request in self.waiting if not self._is_being_read(request)]
+        rewound = (request for request in ready if request in self._rewound)
+        return next(rewound, None) or min(ready, key=lambda each: self._had(each.person), default=None)
+
+    def _had(self, person: str) -> tuple[int, int]:
+        """How much somebody has had; between two who are even, who runs less has had less."""
+        return self._served.tokens(person), sum(1 for request in self.running if request.person == person)
+
+    def _is_being_read(self, request: Request) -> bool:
+        """Whether somebody is reading blocks of this request's beginning just now: then it waits to find them ready.
+
+        So the choices of one question, or many questions with one preface, read what they share once.
+        """
+        held = self._held.get(request)
+        if held is not None and self._is_reading(held[0], held[1]):
+            return True
+        readers = [other for other in self.running if other.computed < len(other.prompt)]
+        found = ((other, self._common(request, other)) for other in readers)
+        held = next(((other, shared) for other, shared in found if self._is_reading(other, shared)), None)
+        if held is None:
+            self._held.pop(request, None)
+            return False
+        self._held[request] = held
+        return True
+
+    def _is_reading(self, other: Request, tokens: int) -> bool:
+        """Whether the running `other` has still to read some of its first `tokens` tokens."""
+        return other in self.running and other.computed < tokens
+
+    def _common(self, request: Request, other: Request) -> int:
+        """Tokens of whole blocks with which both begin, so that one may find them when the other has read them."""
+        if not (request.use_cache and other.use_cache) or request.salt != other.salt or request.score_prompt:
+            return 0
+        size, common = self._pool.block_size, 0
+        most = min(len(request.ids) - 1, len(other.prompt))
+        while common + size <= most and request.ids[common : common + size] == other.ids[common : common + size]:
+            common += size
+        return common
+
+    def _seat(self, request: Request) -> bool:
+        """Let it run, with blocks for all of its tokens and the next one. False: there is no room yet."""
+        while (lease := self._leases(request)) is None:
+            victim = self._in_favour_of(request)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        self.waiting.remove(request)
+        self._rewound.discard(request)
+        self._held.pop(request, None)
         if request.phase == "queued" and not request.evaluated:
-            request.cached = min(lease.cached, len(request.prompt))
-        request.lease, request.computed, request.phase = lease, lease.cached, "prefill"
-        self.running.append(request)
+            request.cached = min(lease[0].cached, len(request.prompt))
+        for each, own in zip(request.together(), lease, strict=True):
+            each.lease, each.computed, each.phase = own, own.cached, "prefill"
+            self.running.append(each)
         self._number_waiting()
+        return True
+
+    def _leases(self, request: Request) -> list[Lease] | None:
+        """One for the request, and one for its partner. None: there is no room for both."""
+        together = request.together()
+        if len(self.running) + len(together) > MAX_RUNNING:
+            return None
+        leases: list[Lease] = []
+        for each in together:
+            lease = self._lease(each)
+            if lease is None:
+                for other in leases:
+                    self._pool.release(other, ())
+                return None
+            leases.append(lease)
+        return leases
+
+    def _lease(self, request: Request) -> Lease | None:
+        tokens = min(len(request.ids) + 1, request.max_length)
+        looked_up = request.use_cache and not request.score_prompt  # what is found there has no logits
+        return self._pool.acquire(request.ids if looked_up else request.ids[:1], request.salt, tokens)
+
+    # taking turns -----------------------------------------------------------------------------------------------------
+
+    def _pieces(self, reading: list[Request], budget: int) -> dict[Request, int]:
+        """Prompt tokens of this step for those who read, oldest first."""
+        wanted = Counter[str]()
+        for request in reading:
+            wanted[request.person] += _left(request)
+        given, pieces = shares(wanted, budget), {}
+        for request in reading:
+            pieces[request] = min(_left(request), given[request.person])
+            given[request.person] -= pieces[request]
+        return pieces
 
     def _reserve(self, request: Request, tokens: int) -> bool:
+        """Blocks for the first `tokens` tokens of a running request. False: it had to give up its own for others."""
         assert request.lease is not None
         while not self._pool.extend(request.lease, tokens):
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is request:
+            held, latest = self._held_blocks(), self._latest()
+            victim = latest[max(latest, key=lambda person: held[person])] if latest else request
+            self._preempt(victim)
+            if request not in self.running:
                 return False
         return True
 
+    def _in_favour_of(self, request: Request) -> Request | None:
+        """Whose place the waiting `request` may have: the latest of somebody who still has more than its own person
+        would have then. None where nobody has so much."""
+        latest, person = self._latest(), request.person
+        if len(self.running) >= MAX_RUNNING:
+            has = Counter(each.person for each in self.running)
+            given = dict.fromkeys(latest, 1)
+            needed = 1
+        else:
+            has, needed = self._held_blocks(), -(-len(request.ids) // self._pool.block_size)
+            given = {other: _blocks(victim) for other, victim in latest.items()}
+        others = [other for other in latest if other != person and has[other] - given[other] >= has[person] + needed]
+        return latest[max(others, key=lambda other: has[other])] if others else None
+
+    def _latest(self) -> dict[str, Request]:
+        """The youngest running request of each person; never the oldest of all."""
+        oldest = self.running[0].together() if self.running else []
+        return {request.person: request for request in self.running if request not in oldest}
+
+    def _held_blocks(self) -> Counter[str]:
+        held = Counter[str]()
+        for request in self.running:
+            held[request.person] += _blocks(request)
+        return held
+
     def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
-        self._give_back(request)
-        request.computed, request.phase = 0, "queued"
-        self.waiting.appendleft(request)
+        self.counts.preemptions += 1
+        self._to_waiting(request)
+
+    def _to_waiting(self, request: Request) -> None:
+        together = request.together()
+        self.running = [other for other in self.running if other not in together]
+        for each in together:
+            self._give_back(each)
+            each.computed, each.phase = 0, "queued"
+        self.waiting.appendleft(together[0])
         self._number_waiting()
 
     def _give_back(self, request: Request, *, keep: bool = True) -> None:
@@ -133,5 +314,24 @@ class Scheduler:
         request.lease = None
 
     def _number_waiting(self) -> None:
-        for place, request in enumerate(self.waiting):
+        for place, request in enumerate(self._in_order()):
             request.ahead = place + len(self.running)
+
+    def _in_order(self) -> Iterator[Request]:
+        """Who waits, in the order in which they will probably begin: people take turns, who was served least first."""
+        lines: dict[str, deque[Request]] = {}
+        for request in self.waiting:
+            lines.setdefault(request.person, deque()).append(request)
+        people = sorted(lines, key=self._had)
+        while people:
+            yield from (lines[person].popleft() for person in people)
+            people = [person for person in people if lines[person]]
+
+
+def _left(request: Request) -> int:
+    """Tokens of it that the model has not evaluated."""
+    return len(request.ids) - request.computed
+
+
+def _blocks(request: Request) -> int:
+    return len(request.lease.blocks) if request.lease is not None else 0

@@ -23,8 +23,9 @@ def run_step(
 ) -> tuple[list[Work], torch.Tensor]:
     """`run(work)`, and what was evaluated in the end: less than `work` when memory ran out on the way.
 
-    Long prompts are then read in smaller pieces. When that does not help, the request whose work is largest is ended
-    (`end`), since it needs most. Nothing has advanced before `run` returns, so a step can be repeated.
+    Drafts are left out first, then long prompts are read in smaller pieces. When that does not help, the request whose
+    work is largest is ended (`end`), since it needs most. Nothing has advanced before `run` returns, so a step can be
+    repeated.
     """
     piece = max((item.tokens for item in work), default=0)
     while work:
@@ -35,13 +36,16 @@ def run_step(
                 raise
             without_frames(error)
         give_back()
+        if any(item.drafts for item in work):
+            work = [Work(item.request, item.tokens) for item in work]
+            continue
         if piece > SMALLEST_PIECE:
             piece = max(SMALLEST_PIECE, piece // 2)
             log.warning("out of memory in a step: reading at most %d tokens at a time", piece)
             work = [Work(item.request, min(item.tokens, piece)) for item in work]
             continue
         largest = max(work, key=lambda item: (item.tokens, len(item.request.ids)))
-        work = [item for item in work if item is not largest]
+        work = [item for item in work if item.request not in largest.request.together()]
         log.warning("out of memory in a step: request %s is ended", largest.request.id)
         free = free_bytes()
         message = f"memory ran out while this reply was computed, {show_bytes(free)} are free"

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import collections
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from backend.engine.engine import Engine
 from backend.engine.request import Request
 from backend.errors import BusyError, NotReadyError, UnloadingError
+
+Result = TypeVar("Result")
 
 
 class Worker:
@@ -16,6 +21,7 @@ class Worker:
     def __init__(self, engine: Engine, max_waiting: int) -> None:
         self._engine, self._max_waiting = engine, max_waiting
         self._inbox: collections.deque[Request] = collections.deque()
+        self._errands: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
         self._wake = threading.Condition()
         self._closing = self._drain = False
         self._reason = "the model was unloaded before this reply was finished"
@@ -24,21 +30,43 @@ class Worker:
 
     @property
     def running(self) -> int:
-        return len(self._engine.scheduler.running)
+        """Replies, not sequences: a guided one is two."""
+        return sum(1 for request in list(self._engine.scheduler.running) if request.leader is None)
 
     @property
     def waiting(self) -> int:
         return len(self._engine.scheduler.waiting) + len(self._inbox)
 
     def submit(self, request: Request) -> None:
-        """Hand over a request. Raises when too many wait, or when this worker is closing."""
+        """Hand over a request. Raises BusyError when too many wait, UnloadingError when this worker is closing."""
         with self._wake:
             if self._closing:
                 raise UnloadingError("the model is being unloaded; try again in a moment")
-            if self.waiting >= self._max_waiting:
+            if self.waiting >= self._room_for(request.person):
                 raise BusyError(f"{self.waiting} requests are waiting already; try again in a moment")
             self._inbox.append(request)
             self._wake.notify()
+
+    def ask(self, errand: Callable[[], Result]) -> Result:
+        """What `errand` gives, done by the engine's thread between two steps: nobody else touches the cache then.
+
+        Waits for it. Raises what it raises, and UnloadingError when this worker is closing.
+        """
+        answer: Future[Result] = Future()
+        with self._wake:
+            if self._closing:
+                raise UnloadingError("the model is being unloaded; try again in a moment")
+            self._errands.append((errand, answer))
+            self._wake.notify()
+        return answer.result()
+
+    def _room_for(self, person: str) -> int:
+        """How long the line may be for one more of this person. The last quarter of it is kept for people who have
+        nothing in it: otherwise one who sends a hundred requests at once would keep out everybody else."""
+        if not person:
+            return self._max_waiting
+        waits = any(other.person == person for other in (*self._inbox, *self._engine.scheduler.waiting))
+        return self._max_waiting - self._max_waiting // 4 if waits else self._max_waiting
 
     @property
     def idle(self) -> bool:
@@ -60,14 +88,25 @@ class Worker:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while not self._inbox and self._engine.idle and not self._closing:
+                while not self._inbox and not self._errands and self._engine.idle and not self._closing:
                     self._wake.wait()
                 arrived = list(self._inbox)
                 self._inbox.clear()
+                errands = list(self._errands)
+                self._errands.clear()
                 closing, drain = self._closing, self._drain
+            for errand, answer in errands:
+                _run(errand, answer)
             for request in arrived:
                 self._engine.submit(request)
             if closing and (self._engine.idle or not drain):
                 self._engine.fail_all(NotReadyError(self._reason))
                 return
             self._engine.step()
+
+
+def _run(errand: Callable[[], Any], answer: Future[Any]) -> None:
+    try:
+        answer.set_result(errand())
+    except Exception as error:  # whose errand it is hears of it; the engine goes on
+        answer.set_exception(error)

@@ -21,7 +21,9 @@ from backend.placement.budget import (
     STREAMED_CHUNK_TOKENS,
     Cache,
     cache,
+    decoded_bytes,
     host_bytes,
+    host_cache,
     whole_tokens,
     workspace_bytes,
 )
@@ -50,6 +52,7 @@ class Plan:
     weight_bytes: int  # of all weights, wherever they are
     parts: tuple[Part, ...]  # in the order of a step
     chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step
+    host_cache_bytes: int = 0  # limit of the cache's host tier; taken as blocks come
     ring_bytes: int = 0  # buffers that streamed parts go through, on the device
     vram_bytes: int = 0  # most that will be taken on the GPU; 0 without one
     ram_bytes: int = 0  # most that this process will take in memory, with the cache full
@@ -59,6 +62,7 @@ class Plan:
     bound_by: str = ""  # vram bandwidth | link | ram bandwidth | cpu | disk
     fits: Fits = "now"  # on the machine as it was given; "after-unload" is for who knows what is loaded
     reason: str = ""  # one sentence, where it does not fit
+    draft: Plan | None = None  # of a smaller model that guesses, loaded first; its memory is counted above
 
     @property
     def total_bytes(self) -> int:
@@ -79,6 +83,30 @@ def plan(preset: Preset, config: ModelConfig, tensors: Tensors, machine: Machine
             f"preset {preset.name}: context is {preset.context} tokens, the model was made for {config.context}"
         )
     return _Planner(preset, config, tensors, machine or Machine()).plan()
+
+
+def without(machine: Machine, taken: Plan) -> Machine:
+    """What a machine has left when a plan was carried out."""
+    gpus = tuple(
+        dataclasses.replace(gpu, free=max(0, gpu.free - taken.vram_bytes)) if gpu.name == taken.device else gpu
+        for gpu in machine.gpus
+    )
+    ram_free = max(0, machine.ram_free - taken.extra_ram_bytes)
+    return dataclasses.replace(machine, ram_free=ram_free, gpus=gpus)
+
+
+def with_draft(own: Plan, draft: Plan) -> Plan:
+    """A preset's plan, made for what its draft preset leaves, with the draft's memory in it."""
+    fits, reason = (own.fits, own.reason) if own.fits == "no" or draft.fits != "no" else (draft.fits, draft.reason)
+    return dataclasses.replace(
+        own,
+        draft=draft,
+        vram_bytes=own.vram_bytes + draft.vram_bytes,
+        ram_bytes=own.ram_bytes + draft.extra_ram_bytes,
+        extra_ram_bytes=own.extra_ram_bytes + draft.extra_ram_bytes,
+        fits=fits,
+        reason=reason,
+    )
 
 
 def nearest_that_fits(wanted: Plan, others: Iterable[Plan]) -> Plan | None:
@@ -114,6 +142,9 @@ class _Planner:
         preset = self.preset
         kv_type = preset.kv_cache if preset.kv_cache != "auto" else ("f32" if preset.weights == "f32" else "bf16")
         kv = cache(self.config, kv_type, preset.context, preset.kv_tokens, weights + beside, room)
+        if kv_type == "int8":
+            beside += decoded_bytes(self.config, kv.context, 2 if self.gpu and self.gpu.name != "mps" else 4)
+            kv = cache(self.config, kv_type, preset.context, preset.kv_tokens, weights + beside, room)
         placed = by_name
         if placed is None and room is None:
             placed = resident(self.products)
@@ -133,11 +164,12 @@ class _Planner:
             if preset.vram is not None or not self.gpu.total:
                 return preset.vram, preset.vram
             return self.gpu.free - VRAM_MARGIN, None
+        tier = preset.cache_ram or 0  # a part of the cache
         if preset.ram is not None:  # for weights and cache, says the preset: what else there is comes on top
-            return preset.ram + workspace, preset.ram
+            return preset.ram + workspace - tier, preset.ram
         if not machine.ram_total:
             return None, None
-        return machine.ram_free - RAM_MARGIN - self.host, None
+        return machine.ram_free - RAM_MARGIN - self.host - tier, None
 
     def _by_name(self) -> list[Placed] | None:
         """What the preset says about places; None where it leaves that to us."""
@@ -157,6 +189,10 @@ class _Planner:
         else:
             extra = placed_bytes(parts, "streamed") + placed_bytes(parts, "cpu") + self.host
             extra += gpu.host_bytes
+        own_memory = gpu is not None and gpu.name != "mps"
+        left = machine.ram_free - RAM_MARGIN - extra
+        tier = host_cache(self.preset.cache_ram, own_memory, left, BLOCK_TOKENS * kv.token_bytes)
+        extra += tier
         speed = step(placed, self.config.n_layers, machine, gpu)
         tokens = self.config.context if room is None else whole_tokens(room - on_device, kv.token_bytes)
         return Plan(
@@ -168,6 +204,7 @@ class _Planner:
             kv_type=kv.type,
             kv_blocks=kv.blocks,
             kv_bytes=kv.bytes,
+            host_cache_bytes=tier,
             weight_bytes=sum(part.bytes for part in parts) + self.vectors,
             parts=parts,
             ring_bytes=ring_bytes(parts),

@@ -15,6 +15,7 @@ from backend.weights.blocks import Q4_1, Q8_0, BlockFormat, StorageFormat
 from backend.weights.tiles import is_tiled, tiled_bytes
 
 VALUE_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+_SCALE = 4  # bytes beside each int8 key and value of a head
 # What weights become that are quantised while loading.
 _INT8, _NF4 = StorageFormat("int8", int8=True), StorageFormat("NF4", codebook=64)
 _INT4 = Q4_1
@@ -99,6 +100,13 @@ def vector_bytes(config: ModelConfig, tensors: Tensors) -> int:
 def weight_bytes(weights: str, config: ModelConfig, tensors: Tensors, tiled: bool | None = None) -> int:
     """Bytes that all loaded weights take, exactly. `tiled`: see `products`."""
     return sum(product.bytes for product in products(weights, config, tensors, tiled)) + vector_bytes(config, tensors)
+
+
+def kv_token_bytes(config: ModelConfig, kv_type: str) -> int:
+    """Bytes of keys and values that one token keeps in all layers, in a value of the preset's key `kv_cache`."""
+    if kv_type == "int8":
+        return config.kv_bytes_per_token(1) + 2 * config.n_layers * config.n_kv_heads * _SCALE
+    return config.kv_bytes_per_token(VALUE_BYTES[kv_type])
 
 
 def linear_bytes(weights: str, name: str, info: StoredTensor, tiled: bool) -> int:

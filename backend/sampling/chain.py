@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from backend.params import STEPS, GenerationParams
 from backend.sampling import bends, cuts, penalties, samplers
+from backend.sampling.copies import Copies
 from backend.sampling.history import History
 
 # What is left of the chain where nothing is drawn (temperature 0), and where Mirostat does the cutting.
@@ -78,6 +79,7 @@ def steps(params: GenerationParams, history: History, uniform: Callable[[], floa
 
 def _history_steps(params: GenerationParams, history: History) -> dict[str, list[Step]]:
     made: dict[str, list[Step]] = {"penalties": [], "dry": [], "no_repeat_ngram": []}
+    copies = Copies(history)
 
     def repetition(row: Row) -> None:
         window = history.latest(params.repetition_range)
@@ -90,10 +92,7 @@ def _history_steps(params: GenerationParams, history: History) -> dict[str, list
         subtract(row, *penalties.counts(window, params.frequency_penalty, params.presence_penalty))
 
     def dry(row: Row) -> None:
-        ids, breaks = history.ids, history.breaks
-        if params.dry_range:
-            ids, breaks = ids[-params.dry_range :], breaks[-params.dry_range :]
-        subtract(row, *penalties.dry(ids, breaks, params.dry_multiplier, params.dry_base, params.dry_allowed_length))
+        subtract(row, *copies.dry(params.dry_range, params.dry_multiplier, params.dry_base, params.dry_allowed_length))
 
     def ngram(row: Row) -> None:
         places, _ = row.places(penalties.repeated_ngrams(history.ids, params.no_repeat_ngram))

@@ -15,6 +15,7 @@ class History:
         self, prompt: Sequence[int], breakers: Sequence[str] = (), token_bytes: Callable[[int], bytes] | None = None
     ) -> None:
         self.prompt_tokens = len(prompt)
+        self.rewinds = 0  # how often tokens were taken back
         self._ids = np.zeros(max(64, 2 * len(prompt)), dtype=np.int64)
         self._breaks = np.zeros(len(self._ids), dtype=bool)
         self._count = 0
@@ -51,6 +52,7 @@ class History:
 
     def rewind(self, tokens: int) -> None:
         """Forget the last tokens."""
+        self.rewinds += 1
         self._count -= tokens
         del self._tails[self._count :]
 

@@ -21,6 +21,7 @@ class Mirostat:
     def __init__(self, version: int, tau: float, eta: float) -> None:
         self.version, self.tau, self.eta = version, tau, eta
         self.mu = 2 * tau
+        self._before: list[float] = []  # mu before each token that was taken
         self._logs: torch.Tensor | None = None  # of the latest row, natural logarithms
 
     def cut(self, logits: torch.Tensor) -> torch.Tensor:
@@ -39,7 +40,13 @@ class Mirostat:
         """The token at this place of the latest row was taken."""
         assert self._logs is not None
         surprise = -float(self._logs[place]) / math.log(2)
+        self._before.append(self.mu)
         self.mu -= self.eta * (surprise - self.tau)
+
+    def rewind(self, tokens: int) -> None:
+        """The last tokens were taken back: mu is what it was before the first of them."""
+        self.mu = self._before[-tokens]
+        del self._before[-tokens:]
 
 
 def kept_tokens(top: torch.Tensor, size: int, mu: float) -> int:

@@ -1,6 +1,6 @@
 """What was said before, and what that costs: (tokens, amounts) from a history of ids. Numpy, no row of logits.
 
-All of them are O(history) in the time they take.
+All of them are O(history) in the time they take; DRY's copies are kept from token to token in `sampling.copies`.
 """
 
 from __future__ import annotations
@@ -65,10 +65,17 @@ def dry(
         if not len(growing):
             break
         lengths[growing] = length + 1
+    return costs(history[ends + 1], lengths, multiplier, base, allowed)
+
+
+def costs(
+    followers: Ids, lengths: NDArray[np.int64], multiplier: float, base: float, allowed: int
+) -> tuple[Ids, NDArray[np.float64]]:
+    """What each token loses that once followed a copy: for the longest of its copies, from `allowed` tokens on."""
     long_enough = lengths >= allowed
     if not long_enough.any():
-        return nothing
-    tokens, place = np.unique(history[ends[long_enough] + 1], return_inverse=True)
+        return followers[:0], np.zeros(0)
+    tokens, place = np.unique(followers[long_enough], return_inverse=True)
     longest = np.zeros(len(tokens), dtype=np.int64)
     np.maximum.at(longest, place, lengths[long_enough])
     return tokens, multiplier * base ** (longest - allowed).astype(np.float64)

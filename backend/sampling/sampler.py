@@ -150,6 +150,8 @@ class Sampler:
         first = self._banned.rewind(back)
         self._refused = {place: tokens for place, tokens in self._refused.items() if place <= self._taken}
         self._refused.setdefault(self._taken, _Refused()).began.add(first)
+        if self._mirostat is not None:
+            self._mirostat.rewind(back)
         if self._remembers:
             self._history.rewind(back)
         if self._matcher is not None:
@@ -159,7 +161,7 @@ class Sampler:
         """The row under the rules that nothing may soften: bias, ends, banned texts, grammar."""
         refused = self._refused.get(self._taken, _Refused())
         row = self._allowed(logits, refused)
-        if row is logits or bool(torch.isfinite(row).any()):
+        if row is logits or _any_left(row):
             return row
         if refused.began and not refused.closed:
             refused.closed = True
@@ -187,7 +189,7 @@ class Sampler:
         assert self._matcher is not None
         barred = torch.from_numpy(~self._matcher.allowed(logits.numel())).to(logits.device)
         allowed = row.masked_fill(barred, samplers.NEVER)
-        if bool(torch.isfinite(allowed).any()):
+        if _any_left(allowed):
             return allowed
         ends = [token for token in sorted(self._ends) if token < len(barred) and not barred[token]]
         if not ends:
@@ -202,3 +204,8 @@ def _biased(logits: torch.Tensor, biases: tuple[tuple[int, float], ...]) -> torc
     places = torch.tensor([token for token, _ in known], dtype=torch.int64, device=logits.device)
     amounts = [samplers.NEVER if bias <= BANNED_BIAS else bias for _, bias in known]
     return logits.index_add(0, places, torch.tensor(amounts, dtype=logits.dtype, device=logits.device))
+
+
+def _any_left(row: torch.Tensor) -> bool:
+    """Whether some token may still be drawn. One pass and no copy, where `isfinite` would make several."""
+    return bool(row.max() > samplers.NEVER)

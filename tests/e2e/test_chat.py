@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 from playwright.sync_api import Page, expect
 
@@ -23,7 +24,7 @@ def replies(page: Page):
 
 
 def test_sends_and_streams(page: Page, site: Site) -> None:
-    site.service.delay = 0.03
+    site.service.hold_at = 50, threading.Event()
     site.service.reply = lambda asked: "one two three " * 20 + "end of it"
     expect(page.locator("#welcome")).to_contain_text("SmolLM2 135M, as shipped answers")
     say(page, "Hello there", wait=False)
@@ -32,6 +33,7 @@ def test_sends_and_streams(page: Page, site: Site) -> None:
     expect(page.locator("#chat-state .numbers")).to_contain_text("tokens/s")
     expect(page.locator("#stop")).to_be_visible()
     expect(page.locator("#send")).to_be_hidden()
+    site.service.hold_at[1].set()
     done(page)
     expect(replies(page)).to_contain_text("end of it")
     expect(page.locator("#box textarea")).to_have_value("")
@@ -43,9 +45,10 @@ def test_sends_and_streams(page: Page, site: Site) -> None:
 
 
 def test_says_what_is_going_on_before_the_first_token(page: Page, site: Site) -> None:
-    site.service.prefill_delay = 1.5
+    site.service.hold_prefill = threading.Event()
     say(page, "a longer message of a few words", wait=False)
     expect(page.locator("#chat-state .words")).to_have_text("Reading 11 tokens")
+    site.service.hold_prefill.set()
     done(page)
 
 
@@ -58,14 +61,14 @@ def test_stop_keeps_the_text_and_stops_the_engine(page: Page, site: Site) -> Non
     done(page)
     expect(replies(page)).to_contain_text("word5")
     expect(page.locator("#chat-state")).to_contain_text("stopped")
-    text = replies(page).inner_text()
+    text, said = replies(page).inner_text(), site.service.requests[0].stats().completion_tokens
     page.wait_for_timeout(500)
     assert replies(page).inner_text() == text
-    assert site.service.requests[0].stats().completion_tokens < 1000
+    assert site.service.requests[0].stats().completion_tokens == said < 4000
 
 
 def test_stop_before_the_first_word_gives_the_message_back(page: Page, site: Site) -> None:
-    site.service.prefill_delay = 30
+    site.service.hold_prefill = threading.Event()
     say(page, "Never mind", wait=False)
     expect(page.locator("#chat-state .words")).to_contain_text("Reading")
     page.locator("#stop").click()
@@ -99,6 +102,43 @@ def test_edit_my_message(page: Page, site: Site) -> None:
     done(page)
     expect(replies(page)).to_have_text("You said: better question")
     assert site.service.asked[-1] == (Message("user", "better question"),)
+
+
+def test_turns_that_are_not_read_any_more_are_marked(page: Page, site: Site) -> None:
+    words = "2 earlier messages are not read any more: the context holds 2,048 tokens"
+    mark = "row => getComputedStyle(row, '::before').content"
+    rows = page.locator("#messages .message-row")
+    say(page, "first question")
+    expect(page.locator("#cut")).to_have_text("")
+    site.service.left_out, site.service.hold_at = 2, (20, threading.Event())
+    site.service.reply = lambda asked: "one two three " * 20
+    say(page, "second question", wait=False)
+    expect(page.locator("#live")).to_contain_text("one two three")
+    expect(page.locator("#cut")).to_have_text(words)
+    page.locator("#stop").click()
+    done(page)
+    expect(page.locator("#cut")).to_have_text(words)
+    expect(page.locator("#chat-state")).to_contain_text("without 2 earlier messages")
+    expect(rows).to_have_count(4)
+    assert [row.evaluate(mark) for row in rows.all()] == ["none", "none", f'"{words}"', "none"]
+    asked = [len(site.service.count_chat_asked[-1]), len(site.service.asked[-1])]
+    assert asked == [2, 3], "the meter counts what is read; the service is given all"
+    page.reload()
+    settled(page)
+    expect(page.locator("#cut")).to_have_text(words)
+    # an edit makes a shorter chat, and a branch has a place of its own
+    site.service.left_out, site.service.hold_at = 0, None
+    users(page).first.hover()
+    page.get_by_label("Edit", exact=True).first.click()
+    page.locator("#messages textarea").fill("better question")
+    page.get_by_label("Submit").click()
+    expect(users(page)).to_have_count(1)
+    done(page)
+    expect(page.locator("#cut")).to_have_text("")
+    page.locator("#regenerate").click()
+    expect(page.locator("#versions")).to_contain_text("2 / 2")
+    done(page)
+    expect(page.locator("#chat-state")).not_to_contain_text("without")
 
 
 def test_new_chat_clears(page: Page, site: Site) -> None:
@@ -225,7 +265,7 @@ def test_reload_in_the_middle_keeps_what_was_there(page: Page, site: Site, watch
 def test_long_chat_is_not_sent_again_while_streaming(page: Page, site: Site) -> None:
     """The reply in progress is in the light part, so the list of turns is not touched until the end."""
     say(page, "one")
-    site.service.reply, site.service.delay = (lambda asked: LONG), 0.005
+    site.service.reply, site.service.hold_at = (lambda asked: LONG), (70, threading.Event())
     say(page, "two", wait=False)
     expect(page.locator("#live")).to_contain_text("word5")
     page.evaluate("""() => new MutationObserver((seen) => window.touched = (window.touched || 0) + seen.length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 from playwright.sync_api import Page, expect
 
@@ -17,10 +18,11 @@ def test_preset_load_shows_progress_and_the_chat_goes_on(page: Page, site: Site)
     say(page, "before")
     page.locator("#chip .chip").click()
     expect(page.locator("#preset-table tr.on")).to_contain_text("SmolLM2 135M, as shipped")
-    site.service.load_seconds = 1.5
+    site.service.hold_load = threading.Event()
     page.get_by_role("button", name="Load SmolLM2 135M, bf16").click()
     expect(page.locator("#preset-progress [role=progressbar]")).to_be_visible()
     expect(page.locator("#preset-progress")).to_contain_text(re.compile(r"Loading starter-bf16, \d0%"))
+    site.service.hold_load.set()
     expect(page.locator("#preset-table tr.on")).to_contain_text("SmolLM2 135M, bf16")
     expect(page.locator("#preset-progress [role=progressbar]")).to_have_count(0)
     expect(page.locator("#chip")).to_contain_text("SmolLM2 135M, bf16")
@@ -40,7 +42,7 @@ def test_failed_load_says_why_and_the_earlier_preset_stays(page: Page, site: Sit
 
 def test_cancel_brings_the_earlier_preset_back(page: Page, site: Site) -> None:
     tab(page, "Presets")
-    site.service.load_seconds = 20
+    site.service.hold_load = threading.Event()
     page.get_by_role("button", name=BF16).click()
     expect(page.locator("#preset-progress")).to_contain_text(re.compile(r"\d+ of 100 MB · about \d+ s left"))
     page.get_by_role("button", name="Cancel loading SmolLM2 135M, bf16").click()
@@ -54,13 +56,14 @@ def test_cancel_brings_the_earlier_preset_back(page: Page, site: Site) -> None:
 def test_a_message_sent_in_the_gap_waits_and_is_answered_by_the_new_model(page: Page, site: Site) -> None:
     say(page, "before")
     tab(page, "Presets")
-    site.service.gap, site.service.load_seconds = True, 3
+    site.service.gap, site.service.hold_load = True, threading.Event()
     page.get_by_role("button", name=BF16).click()
     expect(page.locator("#preset-progress [role=progressbar]")).to_be_visible()
     tab(page, "Chat")
     say(page, "while nothing is loaded", wait=False)
     expect(page.locator("#chat-state .words")).to_contain_text("Loading starter-bf16")
     assert site.service.asked[-1][-1].content == "before"  # type: ignore[index]
+    site.service.hold_load.set()
     expect(page.locator("#messages .message.bot").last).to_contain_text("You said: while nothing is loaded")
     done(page)
     assert len(site.service.asked[-1]) == 3  # type: ignore[arg-type]
@@ -69,7 +72,7 @@ def test_a_message_sent_in_the_gap_waits_and_is_answered_by_the_new_model(page: 
 
 def test_two_people_load_in_order_and_the_second_is_told(page: Page, site: Site, window) -> None:
     second = window()
-    site.service.load_seconds = 4
+    site.service.hold_load = threading.Event()
     for each in (page, second):
         tab(each, "Presets")
     page.get_by_role("button", name=BF16).click()
@@ -78,6 +81,7 @@ def test_two_people_load_in_order_and_the_second_is_told(page: Page, site: Site,
     expect(second.locator("#preset-progress")).to_contain_text(
         "is being loaded by someone; yours ('starter-f32') is next"
     )
+    site.service.hold_load.set()
     expect(page.locator("#preset-table tr.on")).to_contain_text("SmolLM2 135M, bf16")
     expect(second.locator("#preset-table tr.on")).to_contain_text("SmolLM2 135M, f32")
     wait_for(lambda: site.service.status().preset == "starter-f32")

@@ -26,17 +26,19 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Serves with a preset that answers greedily, and ends the server as a person would."""
     folder: Path = tmp_path_factory.mktemp("presets")
     for path in (PROJECT / "presets").glob("*.yaml"):
-        (folder / path.name).write_text(path.read_text() + "sampling: {temperature: 0, max_tokens: 200}\n")
+        # With a speed limit, so that a reply that is to be stopped is still being written when the browser gets to it.
+        sampling = "sampling: {temperature: 0, max_tokens: 300, max_tokens_per_second: 30}\n"
+        (folder / path.name).write_text(path.read_text() + sampling)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ["--port", str(port), "--presets-dir", str(folder), "--data-dir", str(folder / "data")]
     process = subprocess.Popen([sys.executable, "webui.py", *flags], cwd=PROJECT)
     try:
-        wait_for(lambda: ready(port), 120)
+        wait_for(lambda: ready(port), 240)
         yield f"http://127.0.0.1:{port}/"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
 

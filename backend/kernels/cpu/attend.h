@@ -14,11 +14,13 @@
 
 enum { BLOCK = 32, CHUNK = 256, MAX_HEAD = 256, MAX_ROWS = 32 };
 enum { VECTORS = LANES == 16 ? 4 : 2 }; /* of four rows' sums in registers */
-enum { KV_F32 = 0, KV_BF16 = 1, KV_F16 = 2 };
+enum { KV_F32 = 0, KV_BF16 = 1, KV_F16 = 2, KV_INT8 = 3 };
 
-/* Keys and values of one head in one layer: (slots, head_dim) of `kind`; blocks[n] has tokens 32 n .. 32 n + 31. */
+/* Keys and values of one head in one layer: (slots, head_dim) of `kind`; blocks[n] has tokens 32 n .. 32 n + 31. Where
+ * they are KV_INT8, each slot's are codes times its scale; else there are no scales. */
 struct cached {
     const void *keys, *values;
+    const float *key_scales, *value_scales; /* (slots,), or 0 */
     const int32_t *blocks;
     int kind, head_dim, width; /* width: head_dim rounded up to whole vectors */
 };
@@ -47,6 +49,26 @@ INLINE floats widened(const void *from, int kind, int64_t at) {
     return kind == KV_BF16 ? from_bfloat16((const uint16_t *)from + at) : from_float16((const uint16_t *)from + at);
 }
 
+typedef int8_t codes __attribute__((vector_size(LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+
+INLINE floats from_codes(const int8_t *from) {
+    codes own;
+    memcpy(&own, from, sizeof own);
+    /* In steps of twice the width, which compilers have instructions for. */
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(own, shorts), ints), floats);
+}
+
+INLINE void widen_codes(const int8_t *from, float scale, int count, float *to) {
+    int d = 0;
+    for (; d + LANES <= count; d += LANES) store(to + d, from_codes(from + d) * scale);
+    if (d < count) {
+        int8_t rest[LANES] = {0};
+        memcpy(rest, from + d, (size_t)(count - d));
+        store(to + d, from_codes(rest) * scale);
+    }
+}
+
 /* `count` elements as `width` floats. A last vector that is not whole would reach over the row's end, at the pool's end
  * out of it. */
 INLINE void widen(const void *from, int kind, int64_t at, int count, float *to) {
@@ -58,6 +80,14 @@ INLINE void widen(const void *from, int kind, int64_t at, int count, float *to) 
         memcpy(rest, (const char *)from + (size_t)(at + d) * size, (size_t)(count - d) * size);
         store(to + d, widened(rest, kind, 0));
     }
+}
+
+/* One slot's keys or values. */
+INLINE void widen_slot(const void *from, const float *scales, int kind, int64_t slot, int count, float *to) {
+    if (kind == KV_INT8)
+        widen_codes((const int8_t *)from + slot * count, scales[slot], count, to);
+    else
+        widen(from, kind, slot * count, count, to);
 }
 
 /* LANES rows of LANES floats turned over: in each round row i and row i + LANES / 2 are interleaved. */
@@ -98,7 +128,7 @@ INLINE void turned_keys(const struct cached *of, int64_t slot, int count, float 
     float wide[LANES][MAX_HEAD];
     for (int t = 0; t < LANES; t++)
         if (t < count)
-            widen(of->keys, of->kind, (slot + t) * of->head_dim, of->head_dim, wide[t]);
+            widen_slot(of->keys, of->key_scales, of->kind, slot + t, of->head_dim, wide[t]);
         else
             memset(wide[t], 0, sizeof(float) * (size_t)of->width);
     for (int d = 0; d < of->width; d += LANES) {
@@ -187,7 +217,8 @@ static void attend_chunk(const struct cached *of, const struct row *rows, struct
     for (int t = 0; t < count; t += BLOCK) {
         int now = count - t < BLOCK ? count - t : BLOCK;
         int64_t slot = of->blocks[(start + t) / BLOCK] * (int64_t)BLOCK;
-        for (int i = 0; i < now; i++) widen(of->values, of->kind, (slot + i) * of->head_dim, of->head_dim, values[i]);
+        for (int i = 0; i < now; i++)
+            widen_slot(of->values, of->value_scales, of->kind, slot + i, of->head_dim, values[i]);
         int r = 0;
         const float(*seen)[MAX_HEAD] = (const float(*)[MAX_HEAD])values;
         for (; r + 4 <= n; r += 4) mix_all(states + r, (const float(*)[CHUNK])(scores[r] + t), 4, of->width, now, seen);

@@ -31,8 +31,9 @@ struct attention {
     int64_t query_stride; /* from one token to the next */
     float *out;           /* (tokens, heads, head_dim) */
     const struct suri_span *spans;
-    const void *keys, *values; /* of this layer: (kv_heads, slots, head_dim) */
-    int64_t head_bytes;        /* from one head to the next */
+    const void *keys, *values;              /* of this layer: (kv_heads, slots, head_dim) */
+    const float *key_scales, *value_scales; /* of this layer: (kv_heads, slots), or 0 */
+    int64_t head_bytes;                     /* from one head to the next */
     int kind;
     int64_t heads, kv_heads, head_dim, window; /* window: 0 for none */
     struct cut *cut;
@@ -54,6 +55,11 @@ INLINE int rows_of(const struct attention *a, const struct piece *piece, struct 
     return n;
 }
 
+/* Codes are bytes, so a head's bytes are its slots times head_dim. */
+INLINE const float *scales_of(const float *scales, const struct attention *a, int64_t head) {
+    return scales ? scales + head * (a->head_bytes / a->head_dim) : 0;
+}
+
 /* One chunk of a piece, into fresh states. */
 static void attend_piece(const struct attention *a, const struct piece *piece, int64_t chunk, struct folded *states) {
     struct row rows[MAX_ROWS];
@@ -61,6 +67,8 @@ static void attend_piece(const struct attention *a, const struct piece *piece, i
     const struct cached of = {
         .keys = (const char *)a->keys + piece->head * a->head_bytes,
         .values = (const char *)a->values + piece->head * a->head_bytes,
+        .key_scales = scales_of(a->key_scales, a, piece->head),
+        .value_scales = scales_of(a->value_scales, a, piece->head),
         .blocks = a->spans[piece->span].blocks,
         .kind = a->kind,
         .head_dim = (int)a->head_dim,

@@ -92,8 +92,28 @@ INLINE void turn_head(float *head, const float *turns, int64_t size, int64_t int
     }
 }
 
-INLINE void keep(const float *from, void *pool, int64_t kind, int64_t at, int64_t count) {
-    if (kind == KV_F32)
+/* Symmetric codes and their scale: cache/int8.py says what, and both give the same bits. */
+INLINE void keep_codes(const float *from, int8_t *to, float *scale, int64_t count) {
+    uint32_t top = 0; /* bits of the largest size: they are in the order of the numbers, infinity and NaN last */
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t size;
+        memcpy(&size, from + i, 4);
+        size &= 0x7fffffff;
+        top = size > top ? size : top;
+    }
+    float largest;
+    memcpy(&largest, &top, 4);
+    int finite = top < 0x7f800000, none = largest < 1e-30f;
+    float inverse = finite && !none ? 127.0f / largest : 0.0f;
+    *scale = !finite ? NAN : none ? 0.0f : largest / 127.0f;
+    for (int64_t i = 0; i < count; i++) to[i] = finite ? (int8_t)rintf(from[i] * inverse) : 0;
+}
+
+INLINE void keep(const float *from, void *pool, float *scales, int64_t kind, int64_t slot, int64_t count) {
+    int64_t at = slot * count;
+    if (kind == KV_INT8)
+        keep_codes(from, (int8_t *)pool + at, scales + slot, count);
+    else if (kind == KV_F32)
         memcpy((float *)pool + at, from, (size_t)count * 4);
     else if (kind == KV_BF16)
         for (int64_t i = 0; i < count; i++) ((uint16_t *)pool)[at + i] = to_bfloat16(from[i]);
@@ -118,8 +138,13 @@ static void store_tokens(const struct run *run, const struct suri_span *span, in
         for (int64_t h = 0; h < m->kv_heads; h++) {
             char *keys = (char *)m->keys + run->number * m->layer_bytes + h * m->head_bytes;
             char *values = (char *)m->values + run->number * m->layer_bytes + h * m->head_bytes;
-            keep(heads + (m->heads + h) * size, keys, m->kind, slot * size, size);
-            keep(heads + (m->heads + m->kv_heads + h) * size, values, m->kind, slot * size, size);
+            float *key_scales = 0, *value_scales = 0;
+            if (m->kind == KV_INT8) { /* codes are bytes, so a head's bytes are its slots times its size */
+                key_scales = m->key_scales + (run->number * m->layer_bytes + h * m->head_bytes) / size;
+                value_scales = m->value_scales + (run->number * m->layer_bytes + h * m->head_bytes) / size;
+            }
+            keep(heads + (m->heads + h) * size, keys, key_scales, m->kind, slot, size);
+            keep(heads + (m->heads + m->kv_heads + h) * size, values, value_scales, m->kind, slot, size);
         }
     }
 }
@@ -193,6 +218,10 @@ static void run_layer(struct run *run, void *memory) {
     m->tools.parallel(run->threads, tokens, TOKENS_AT_ONCE, place_tokens, run);
     run->attention.keys = (const char *)m->keys + run->number * m->layer_bytes;
     run->attention.values = (const char *)m->values + run->number * m->layer_bytes;
+    if (m->kind == KV_INT8) {
+        run->attention.key_scales = m->key_scales + run->number * m->layer_bytes / m->head_dim;
+        run->attention.value_scales = m->value_scales + run->number * m->layer_bytes / m->head_dim;
+    }
     attend(&run->attention, m->tools.parallel, run->threads);
     run_phase(run, quantise_mixed, tokens, &layer->o, memory);
     multiply(run, &layer->o, run->mixed, tokens, run->change);

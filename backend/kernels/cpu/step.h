@@ -48,6 +48,7 @@ struct suri_model {
     struct suri_stack output;
     /* The cache: (layers, kv_heads, slots, head_dim) of `kind` (attend.h), in blocks of 32 slots. */
     void *keys, *values;
+    float *key_scales, *value_scales; /* (layers, kv_heads, slots) where the cache is int8, else 0 */
     int64_t layer_bytes, head_bytes, kind;
 };
 

@@ -12,7 +12,7 @@ from backend.kernels.cpu.products import tiles_library
 
 MAX_PARTS, MAX_HEAD, MAX_ROWS, BLOCK_TOKENS = 3, 256, 32, 32  # as in step.h and attend.h
 ACTIVATION_BITS = 15  # FINE in step.c
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of the cache
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # of the cache
 PLAIN = 2000  # and a kind of plain.py: formats of weights that are no tiles
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
@@ -44,6 +44,7 @@ class Model(ctypes.Structure):
         *((name, _INT) for name in ("dim", "ffn_dim", "heads", "kv_heads", "head_dim", "layers", "window")),
         ("norm_eps", ctypes.c_double), ("interleaved", _INT), ("layer", ctypes.POINTER(LayerWeights)),
         ("norm", _ADDRESS), ("output", Stack), ("keys", _ADDRESS), ("values", _ADDRESS),
+        ("key_scales", _ADDRESS), ("value_scales", _ADDRESS),
         ("layer_bytes", _INT), ("head_bytes", _INT), ("kind", _INT),
     ]  # fmt: skip
 

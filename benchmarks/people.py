@@ -1,0 +1,206 @@
+"""Several people at once: how much more is said in all, and how long a running chat waits while a long prompt is read.
+
+Peer: llama.cpp's server (`xllamacpp`) with as many slots, on the same file. Both run in processes of their own and are
+asked over HTTP by the same client; rounds are interleaved. The client and the readers' events take part of the same
+cores, for both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backend.models import ModelFolder
+from backend.runtime import compute_threads
+from backend.settings import PROJECT, Settings
+from benchmarks.peers import XLLAMACPP, python_with
+
+NAME = "people"
+PEOPLE, REPLY, ROUNDS = 8, 96, 3
+LONG_PROMPT, TALKED = 4000, 40  # tokens that come in; events of the running chat before that
+PEER = """
+import sys, time, xllamacpp
+p = xllamacpp.CommonParams()
+p.model.path, p.port, p.hostnames = sys.argv[1], int(sys.argv[2]), ["127.0.0.1"]
+p.n_parallel, p.n_ctx, p.kv_unified = int(sys.argv[4]), 16384, True
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[3])
+server = xllamacpp.Server(p)
+print(server.listening_address, flush=True)
+time.sleep(100000)
+"""
+
+
+@dataclass
+class Stream:
+    """One reply as it came: when each event arrived, and how many tokens there were in the end."""
+
+    times: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+    def gaps(self, begin: float, end: float) -> list[float]:
+        """Seconds between events, of those that end between the two moments."""
+        return [after - at for at, after in zip(self.times, self.times[1:]) if begin < after <= end]
+
+
+def run() -> dict[str, Any]:
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    path = ModelFolder(Settings().models_dir).resolve("starter", PROJECT)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ports = {f"suri, speculation {kind}": stack.enter_context(_ours(folder, kind)) for kind in ("off", "auto")}
+        try:
+            ports["llama.cpp server"] = stack.enter_context(_peer(path))
+        except RuntimeError as error:
+            print(f"without the peer: {error}")
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
+        for number in range(ROUNDS + 1):  # the first round warms up
+            for name, port in ports.items():
+                row = asyncio.run(_measure(port, number))
+                if number:
+                    found[name].append(row)
+    rows = {name: {key: statistics.median(row[key] for row in each) for key in each[0]} for name, each in found.items()}
+    for name, row in rows.items():
+        gaps = f"median {1000 * row['gap_median']:.1f}, worst {1000 * row['gap_worst']:.1f} ms"
+        print(
+            f"{name:22} one {row['one']:6.1f} tokens/s, {PEOPLE} people {row['all']:6.1f} ({row['times']:.2f} x)\n"
+            f"{'':22} gap {1000 * row['gap']:.1f} ms; while {LONG_PROMPT} tokens come in {gaps} "
+            f"({row['worst_in_gaps']:.1f} x), read in {row['prompt_seconds']:.1f} s"
+        )
+    return {
+        "people": PEOPLE, "reply_tokens": REPLY, "long_prompt_tokens": LONG_PROMPT, "rounds": ROUNDS,
+        "peer": XLLAMACPP, "load_average_before": load, "medians": rows, "rounds_in_full": found,
+    }  # fmt: skip
+
+
+async def _measure(port: int, number: int) -> dict[str, float]:
+    """One round: one stream, all people, and a long prompt beside a running chat. Every prompt is a new one."""
+    begin = time.perf_counter()
+    one = await _ask(port, _prompt(number, 0, 40), REPLY)
+    alone = one.tokens / (time.perf_counter() - begin)
+    begin = time.perf_counter()
+    streams = await asyncio.gather(*(_ask(port, _prompt(number, person, 40), REPLY) for person in range(1, PEOPLE + 1)))
+    together = sum(stream.tokens for stream in streams) / (time.perf_counter() - begin)
+    chat = Stream()
+    talking = asyncio.create_task(_ask(port, _prompt(number, 50, 40), 2000, chat))
+    while len(chat.times) < TALKED:
+        await asyncio.sleep(0.01)
+    asked = time.perf_counter()
+    await _ask(port, _prompt(number, 60, LONG_PROMPT), 1)
+    answered = time.perf_counter()
+    normal = statistics.median(chat.gaps(chat.times[5], asked))
+    talking.cancel()
+    gaps = [*chat.gaps(asked, answered), answered - chat.times[-1]]
+    return {
+        "one": alone,
+        "all": together,
+        "times": together / alone,
+        "gap": normal,
+        "gap_median": statistics.median(gaps),
+        "gap_worst": max(gaps),
+        "worst_in_gaps": max(gaps) / normal,
+        "prompt_seconds": answered - asked,
+    }
+
+
+def _prompt(number: int, person: int, tokens: int) -> list[int]:
+    """Token ids like nobody else's: no server finds any of it in its cache."""
+    return [(7919 * (100 * number + person + 1) + 104729 * place) % 40000 + 1000 for place in range(tokens)]
+
+
+async def _ask(port: int, prompt: list[int], tokens: int, stream: Stream | None = None) -> Stream:
+    stream = stream or Stream()
+    body = json.dumps(
+        {
+            "prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 1.0, "seed": 1, "ignore_eos": True,
+            "top_p": 1.0, "top_k": 40, "min_p": 0.0, "stream_options": {"include_usage": True},
+        }
+    ).encode()  # fmt: skip
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    try:
+        writer.write(
+            f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+            f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        async for line in reader:
+            if line.startswith(b"data: [DONE]"):
+                break
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(f"a server answered {event['error']}")
+            if event.get("usage"):
+                stream.tokens = event["usage"]["completion_tokens"]
+            if event.get("choices") and event["choices"][0].get("finish_reason") is None:
+                stream.times.append(time.perf_counter())
+    finally:
+        writer.close()
+    return stream
+
+
+# the servers ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _ours(folder: Path, speculation: str) -> Iterator[int]:
+    preset = folder / f"starter-{speculation}.yaml"
+    preset.write_text(f"model: starter\nspeculation: {speculation}\n", encoding="utf-8")
+    port = _free_port()
+    flags = ["--api-only", "--port", str(port), "--preset", str(preset), "--data-dir", str(folder / speculation)]
+    with _running([sys.executable, "webui.py", *flags], port):
+        yield port
+
+
+@contextlib.contextmanager
+def _peer(path: Path) -> Iterator[int]:
+    port = _free_port()
+    threads = str(compute_threads())
+    with _running([python_with(XLLAMACPP), "-c", PEER, path, str(port), threads, str(PEOPLE + 1)], port):
+        yield port
+
+
+@contextlib.contextmanager
+def _running(command: list[Any], port: int) -> Iterator[None]:
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not _answers(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command[0]} did not begin to serve")
+            time.sleep(0.2)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

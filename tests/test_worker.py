@@ -1,0 +1,34 @@
+"""Errands for the engine's thread: done between two steps, and what goes wrong is the asker's alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backend.errors import UnloadingError
+from backend.params import GenerationParams
+from backend.presets import Preset
+from backend.runtime import Prepared, Runtime
+from tests.real import read
+
+
+@pytest.fixture
+def runtime(tiny_path: Callable[..., Path]) -> Runtime:
+    path = tiny_path(weights="Q4_1")
+    return Runtime(Prepared(Preset("errands", str(path)), path), max_waiting=8)
+
+
+def test_errands_are_done_by_the_engines_thread_while_somebody_is_answered(runtime: Runtime) -> None:
+    reply = runtime.start_text("abc", GenerationParams(max_tokens=100, temperature=0, ignore_eos=True))
+    names = [runtime.worker.ask(lambda: threading.current_thread().name) for _ in range(5)]
+    assert names == ["engine"] * 5
+    with pytest.raises(ZeroDivisionError):
+        runtime.worker.ask(lambda: 1 // 0)
+    assert len(read(reply)[1]) == 100
+    assert runtime.worker.ask(lambda: 7) == 7, "also while it sleeps"
+    runtime.close(drain=False)
+    with pytest.raises(UnloadingError):
+        runtime.worker.ask(lambda: 7)
