@@ -1,8 +1,8 @@
 """Our engine beside llama.cpp on the same files with the same threads, in turn, one round after the other.
 
-Peer: llama-cpp-python, compiled for this machine by pip in an environment of its own; its low-level calls, with a choice
-of the likeliest token in numpy, so that nothing but llama.cpp is timed. Ours is the whole engine: scheduling, sampling,
-text. Both read each prompt into an empty cache, and we do not guess ahead (speculation off).
+Peer: llama-cpp-python, compiled for this machine by pip in an environment of its own. Its low-level calls are timed and,
+in numpy, the choice of the likeliest token. Ours is the whole engine: scheduling, sampling, text. Both
+read each prompt into an empty cache, and we do not guess ahead (speculation off).
 
 Files: the starter, and a few layers of LLaMA 7B's shape with an output of 32,000 words. "of bandwidth": bytes of
 weights that a token reads, by its time, as a part of what the machine reads when it only adds up a large array.

@@ -27,7 +27,6 @@ from tests.tokencache import TokenCache, scattered
 MODEL = scattered(len(PIECES), reach=2, scale=2.0)
 PROMPT = (1, 2, 3, 8, 1, 2, 3)
 BLOCK = 4
-
 # One of each family; all of them draw from what the one before has left.
 FAMILIES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},

@@ -76,38 +76,38 @@ INLINE lanes whole_sum(int fine, const struct sums *sums, int t) {
     return fine ? plus(left(load(sums->high[t]), 7), load(sums->low[t])) : load(sums->high[t]);
 }
 
-/* 16 tokens times a panel. What lies after the last token is multiplied too: it is there, and nobody reads the result. */
-INLINE void panel_tokens(struct shape shape, int fine, const struct panel *panel, int64_t groups, const int8_t *x,
-                         const struct suri_group *about, int64_t tokens, float *sums) {
+/* So many tokens (`at_once`) times a panel. What lies after the last token is multiplied too: it is there, and nobody reads the result. */
+INLINE void panel_tokens(struct shape shape, int fine, int at_once, const struct panel *panel, int64_t groups,
+                         const int8_t *x, const struct suri_group *about, int64_t tokens, float *sums) {
     floats own[MATRIX_TOKENS];
     struct sums first, second;
-    for (int t = 0; t < MATRIX_TOKENS; t++) own[t] = load_floats(sums + t * LANES);
+    for (int t = 0; t < at_once; t++) own[t] = load_floats(sums + t * LANES);
     for (int64_t g = 0; g < groups; g++, x += tokens * (GROUP << fine), about += tokens) {
         matrix_dots(shape, fine, panel->codes[g][0], x, &first, &second);
         floats scale = load_floats(panel->scale[g]), other = scale, minimum = scale;
         if (shape.halved) other = load_floats(panel->second[g]);
         if (shape.minimum) minimum = load_floats(panel->minimum[g]);
 #pragma GCC unroll 16
-        for (int t = 0; t < MATRIX_TOKENS; t++) { /* as add_group has it */
+        for (int t = 0; t < at_once; t++) { /* as add_group has it */
             floats scaled = product(scale, to_floats(whole_sum(fine, &first, t)));
             if (shape.halved) scaled = add_product(scaled, other, to_floats(whole_sum(fine, &second, t)));
             own[t] = add_product(own[t], scaled, all_float(about[t].scale));
             if (shape.minimum) own[t] = add_product(own[t], minimum, all_float(about[t].weighted));
         }
     }
-    for (int t = 0; t < MATRIX_TOKENS; t++) store_floats(sums + t * LANES, own[t]);
+    for (int t = 0; t < at_once; t++) store_floats(sums + t * LANES, own[t]);
 }
 
-INLINE void records_many(enum format format, int fine, int ahead, const uint8_t *from, int64_t block, int64_t blocks,
-                         const struct suri_input *in, int64_t token, int tokens, float *sums) {
+INLINE void records_many(enum format format, int fine, int at_once, int ahead, const uint8_t *from, int64_t block,
+                         int64_t blocks, const struct suri_input *in, int64_t token, int tokens, float *sums) {
     struct shape shape = shape_of(format);
     struct panel panel;
     for (int64_t left = blocks; left;) {
         int64_t count = left < SLICE / shape.groups ? left : SLICE / shape.groups;
         fill_panel(format, ahead, from, count, &panel);
-        for (int t = 0; t < tokens; t += MATRIX_TOKENS) {
+        for (int t = 0; t < tokens; t += at_once) {
             int64_t at = block * shape.groups * in->tokens + token + t;
-            panel_tokens(shape, fine, &panel, count * shape.groups, in->codes + at * (GROUP << fine), in->groups + at,
+            panel_tokens(shape, fine, at_once, &panel, count * shape.groups, in->codes + at * (GROUP << fine), in->groups + at,
                          in->tokens, sums + t * LANES);
         }
         left -= count, block += count, from += count * LANES * shape.bytes;
@@ -154,8 +154,9 @@ INLINE void records_of(enum format format, int matrix, int ahead, const uint8_t 
                        const struct suri_input *in, int64_t token, int tokens, float *sums) {
     if (in->tokens == 1 && in->fine) records(format, 1, ahead, from, block, blocks, in, 0, 1, sums);
     else if (in->fine && !(MATRIX && matrix)) records(format, 1, ahead, from, block, blocks, in, token, tokens, sums);
-    else if (in->fine) records_many(format, 1, ahead, from, block, blocks, in, token, tokens, sums);
-    else if (MATRIX) records_many(format, 0, ahead, from, block, blocks, in, token, tokens, sums);
+    else if (in->tokens <= MATRIX_FEW) records_many(format, 1, MATRIX_FEW, ahead, from, block, blocks, in, token, tokens, sums);
+    else if (in->fine) records_many(format, 1, MATRIX_TOKENS, ahead, from, block, blocks, in, token, tokens, sums);
+    else if (MATRIX) records_many(format, 0, MATRIX_TOKENS, ahead, from, block, blocks, in, token, tokens, sums);
     else records(format, 0, ahead, from, block, blocks, in, token, tokens, sums); /* coarse only where AMX is used */
 }
 
@@ -184,7 +185,7 @@ INLINE void tiles_of(enum format format, const struct suri_product *p, int64_t f
     int64_t blocks = p->columns / (GROUP * shape.groups), row_bytes = blocks * shape.bytes, tile_bytes = LANES * row_bytes;
     _Alignas(64) float sums[TOKENS * LANES];
     int matrix = in->tokens > MATRIX_WORTH_IT && matrix_allowed();
-    if (matrix) matrix_begin();
+    if (matrix) matrix_begin(in->tokens <= MATRIX_FEW ? MATRIX_FEW : MATRIX_TOKENS);
     for (int64_t n = first; n < last; n++) {
         int64_t rows = p->rows - n * LANES < LANES ? p->rows - n * LANES : LANES;
         const uint8_t *from = p->tiles + n * tile_bytes;

@@ -1,4 +1,4 @@
-/* Dot products of one group of a tile with 16 tokens at once, by AMX where the processor has it. Whole numbers, so the
+/* Dot products of one group of a tile with 8 or 16 tokens at once, by AMX where the processor has it. Whole numbers, so the
  * same as vectors.h computes one token at a time.
  *
  * The unpacked codes of a group, eight vectors of four columns of each row, are what AMX wants of its second factor;
@@ -8,7 +8,7 @@
 #define SURI_MATRIX_H
 #include "formats.h"
 
-enum { MATRIX_TOKENS = 16, MATRIX_WORTH_IT = 8 /* fewer tokens are faster one at a time */ };
+enum { MATRIX_TOKENS = 16, MATRIX_FEW = 8, MATRIX_WORTH_IT = 6 /* so few tokens are faster one at a time */ };
 
 struct sums {
     _Alignas(64) int32_t high[MATRIX_TOKENS][LANES], low[MATRIX_TOKENS][LANES];
@@ -28,12 +28,12 @@ INLINE int matrix_allowed(void) {
 }
 
 /* Registers: 0 and 1 sums, 2 and 3 codes of activations and weights of 32 columns, 4 and 5 of 16 columns. */
-INLINE void matrix_begin(void) {
+INLINE void matrix_begin(int tokens) { /* at once: MATRIX_TOKENS or MATRIX_FEW */
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
-    } config = {1, 0, {0}, {64, 64, 32, 64, 16, 64}, {16, 16, 16, 8, 16, 4}};
+    } config = {1, 0, {0}, {64, 64, 32, 64, 16, 64}, {tokens, tokens, tokens, 8, tokens, 4}};
     _tile_loadconfig(&config);
 }
 
@@ -42,7 +42,7 @@ INLINE void matrix_end(void) { _tile_release(); }
 /* Signed codes: what is taken off them is taken off before, so that sums need no correction. */
 INLINE lanes signed_codes(lanes codes, int offset) { return _mm512_sub_epi8(codes, _mm512_set1_epi8((char)offset)); }
 
-/* Columns 0 .. 31, or 16 .. 31 and 0 .. 15: first (and second) get the sums of 16 tokens, one vector a token, and of the
+/* Columns 0 .. 31, or 16 .. 31 and 0 .. 15: first (and second) get the sums of the tokens, one vector a token, and of the
  * low parts of the activations where these are `fine`. `x` of token t is at x + t * step; its low parts 32 bytes on. */
 INLINE void matrix_dots(struct shape shape, int fine, const int8_t *codes, const int8_t *x, struct sums *first,
                         struct sums *second) {
@@ -70,7 +70,7 @@ INLINE void matrix_dots(struct shape shape, int fine, const int8_t *codes, const
 #else
 enum { MATRIX = 0 };
 INLINE int matrix_allowed(void) { return 0; }
-INLINE void matrix_begin(void) {}
+INLINE void matrix_begin(int tokens) { /* at once: MATRIX_TOKENS or MATRIX_FEW */}
 INLINE void matrix_end(void) {}
 INLINE lanes signed_codes(lanes codes, int offset) { return (void)offset, codes; }
 INLINE void matrix_dots(struct shape shape, int fine, const int8_t *codes, const int8_t *x, struct sums *first,

@@ -19,7 +19,7 @@ int64_t suri_input_bytes(int64_t tokens, int64_t columns, int fine) {
 
 struct suri_input suri_input_in(void *memory, int64_t tokens, int64_t columns, int fine) {
     int8_t *codes = (int8_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
-    if (tokens <= MATRIX_WORTH_IT || (MATRIX && !matrix_allowed())) fine = 1; /* arithmetic is not what is waited for */
+    if (tokens <= MATRIX_FEW || (MATRIX && !matrix_allowed())) fine = 1; /* arithmetic is not what is waited for */
     return (struct suri_input){tokens, columns, fine, codes, (struct suri_group *)(codes + (tokens * columns << fine))};
 }
 
