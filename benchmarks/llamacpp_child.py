@@ -1,7 +1,8 @@
 """llama.cpp in a process of its own, told by lines of JSON what to measure. Runs in the peer's environment, not ours.
 
-A line {"model": path, "threads": n, "context": n} loads; {"prompt": [ids], "reply": n} reads a prompt into an empty
-cache, goes on greedily, and answers with the seconds to the first token and of the whole reply.
+A line {"model": path, "threads": n, "context": n, "repack": true} loads; with "repack" weights take its layouts for
+this processor. {"prompt": [ids], "reply": n} reads a prompt into an empty cache, goes on with the likeliest tokens, and
+answers with the seconds to the first token and of the whole reply.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ def silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
 class Model:
     """A loaded model and one sequence of it."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
-        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    def __init__(self, path: str, threads: int, context: int, repack: bool) -> None:
+        how = llama_cpp.llama_model_default_params()
+        how.use_extra_bufts = repack
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), how)
         if not self.model:
             raise RuntimeError(f"llama.cpp does not load {path}")
         about = llama_cpp.llama_context_default_params()
@@ -69,7 +72,7 @@ def main() -> None:
         if "model" in asked:
             if model is not None:
                 model.close()
-            model = Model(asked["model"], asked["threads"], asked["context"])
+            model = Model(asked["model"], asked["threads"], asked["context"], asked["repack"])
             answer: dict[str, Any] = {"system": llama_cpp.llama_print_system_info().decode()}
         else:
             answer = model.reply(asked["prompt"], asked["reply"])

@@ -190,7 +190,9 @@ class PlainModel:
 
 def _compare(label: str, shape: str, weights: str, plain: Plain) -> dict[str, Any]:
     preset = Preset(name=label, model=shape, weights=weights, device="cpu", placement="cpu")
-    runtime = Runtime(Prepared(dataclasses.replace(preset, context=256, kv_tokens=256), Path(shape)), 1)
+    runtime = Runtime(
+        Prepared(dataclasses.replace(preset, context=256, kv_tokens=256, speculation="off"), Path(shape)), 1
+    )
     loop = PlainModel(open_checkpoint(Path(shape)), plain)
     ids = list(range(3, 3 + PROMPT))
     params = GenerationParams(max_tokens=REPLY + 1, temperature=0.0, ignore_eos=True)

@@ -78,7 +78,7 @@ class _Bench:
         self.service = Service(dataclasses.replace(Settings(), data_dir=scratch))
         preset = self.service.read_preset("starter")
         sampling = GenerationParams(max_tokens=REPLY, temperature=0)
-        self.service.load_preset(dataclasses.replace(preset, sampling=sampling))
+        self.service.load_preset(dataclasses.replace(preset, sampling=sampling, speculation="off"))
         stack.callback(self.service.close)
         # Replies of one length: no token ends them early.
         self.service.runtime().tokenizer.end_ids = frozenset()

@@ -88,6 +88,8 @@ def _measured(preset_name: str, mode: str | None, arguments: argparse.Namespace)
     service = Service(dataclasses.replace(Settings(), data_dir=arguments.data_dir))
     preset = chosen(service, argparse.Namespace(preset=preset_name, model=arguments.model, lora=[]))
     preset = preset if mode is None else in_mode(preset, mode, arguments.vram)
+    # What guessing brings depends on the text, and the same text again is guessed easily: measured is one token a step.
+    preset = dataclasses.replace(preset, speculation="off")
     bar = ProgressBar()
     begin = time.monotonic()
     try:
