@@ -15,7 +15,7 @@ from backend.engine.speculation_cost import SIZES, StepCost
 from backend.engine.speculation_guess import AT_ONCE, Chances, Guesser
 from backend.engine.speculation_index import LONGEST, MOST_PLACES, Repeats, Successors
 from backend.params import GenerationParams
-from tests.test_scheduler import Nobody
+from tests.stepping import Nobody
 
 # repeats ----------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from backend.presets import PresetFolder
 from backend.runtime import Prepared, Runtime
 from backend.settings import PROJECT, Settings
 from tests.real import read
-from tests.test_scheduler import Nobody
+from tests.stepping import Nobody
 from tests.test_speculation import FREE
 from tests.tiny import TinyModel, write_tiny
 
