@@ -6,6 +6,7 @@ Built whole or not at all.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from backend.metrics import Records, Totals
 from backend.model.shapes import is_shape
 from backend.params import GenerationParams
 from backend.persons import salt_of
+from backend.placement.budget import CHUNK_TOKENS
 from backend.placement.devices import choose
 from backend.placement.load import load_model
 from backend.placement.machine import Machine
@@ -149,7 +151,9 @@ class Runtime:
         drafter = self._draft.model if self._draft is not None else None
         most = MOST_IN_STEP if self.runner.in_one_call else MOST_ALIKE
         speculation = Speculation(drafter=drafter, most_in_step=most) if self.preset.speculation != "off" else None
-        engine = Engine(self.runner, self.blocks, prefill_tokens=self.plan.chunk_tokens, speculation=speculation)
+        # A step that brings weights from elsewhere takes as long for few tokens as for many.
+        least = None if plan.ring_bytes else CHUNK_TOKENS
+        engine = Engine(self.runner, self.blocks, time.sleep, plan.chunk_tokens, speculation, least)
         self._engine = engine
         way = self.preset.weights, self.preset.lora, plan.kv_type, plan.device, BLOCK_TOKENS, self.runner.in_one_call
         numbers = fingerprint(self.prepared.files, config, *way)

@@ -48,7 +48,7 @@ Read = Callable[[list[Stored]], Multiply]  # weights one above the other
 
 
 def run() -> dict[str, Any]:
-    results: dict[str, Any] = {"threads": torch.get_num_threads(), "types": {}}
+    results: dict[str, Any] = {"threads": torch.get_num_threads(), "rounds": TYPES, "types": {}}
     titles = ("weights MB", "peak MB", "tokens/s", "plain loop", "ratio", "products", "waited")
     print(f"{'':24}" + " ".join(f"{title:>10}" for title in titles))
     for kind, rounds in TYPES.items():

@@ -69,17 +69,29 @@ def test_it_computes_what_the_model_says(tiny_path: Callable[..., Path], options
     path = tiny_path(**options)
     model, _, compiled = loaded(path)
     ids = [(7 * n) % 250 for n in range(70)]
-    found = compiled.run(ids, [Tokens(0, 70, 0, [5, 2, 9])], range(70), threads=2)
+    long = compiled.run(ids, [Tokens(0, 70, 0, [5, 2, 9])], range(70), threads=2)
+    found = in_pieces(compiled, ids, 14, [4, 1, 8])
     # The same rounding of activations: what is left is the order of sums, and now and then a code that it tips over.
-    # Torch's products of 16-bit numbers round activations to them.
-    assert distance(found, by_torch(model, ids)) < (0.02 if "F16" in str(options) else 0.0005)
+    # bfloat16, where there is AMX, is coarser.
+    assert distance(long, by_torch(model, ids)) < 0.005
+    assert distance(found[:14], by_torch(model, ids[:14])) < (0.005 if "BF16" in str(options) else 0.002)
+    assert distance(found, long) < 0.015
     # Decoded weights and no rounding at all.
     checkpoint = open_checkpoint(path)
     values = {name: checkpoint.read(name).float32() for name in checkpoint.tensors}
     values = {
         name: value.flatten() if len(checkpoint.tensors[name].shape) == 1 else value for name, value in values.items()
     }
-    assert distance(found, float64_logits(values, model.config, ids)) < 0.0005
+    assert distance(found, float64_logits(values, model.config, ids)) < 0.002
+    assert distance(long, float64_logits(values, model.config, ids)) < 0.015
+
+
+def in_pieces(compiled: CompiledStep, ids: list[int], length: int, blocks: list[int]) -> torch.Tensor:
+    """Logits of all tokens, read in steps of so many."""
+    pieces = [(at, ids[at : at + length]) for at in range(0, len(ids), length)]
+    return torch.cat(
+        [compiled.run(part, [Tokens(0, len(part), at, blocks)], range(len(part)), threads=2) for at, part in pieces]
+    )
 
 
 @pytest.mark.parametrize("kv", steps.KINDS)
@@ -92,17 +104,20 @@ def test_a_token_has_the_same_bits_however_the_work_is_cut(
     compiled = CompiledStep.of(model, pool)
     assert compiled is not None
     ids = [(11 * n) % 250 for n in range(90)]
-    whole = compiled.run(ids, [Tokens(0, 90, 0, [3, 1, 8])], range(90), threads=1)
-    assert torch.equal(whole, compiled.run(ids, [Tokens(0, 90, 0, [4, 6, 5])], range(90), threads=3))
-    # In other pieces, in other blocks, and beside another sequence.
-    compiled.run(ids[:33], [Tokens(0, 33, 0, [10, 12])], [32], threads=2)
-    rest = compiled.run(
-        [*ids[33:60], *ids[:40]], [Tokens(0, 27, 33, [10, 12]), Tokens(27, 40, 0, [14, 15])], range(67), threads=2
-    )
-    assert torch.equal(rest, torch.cat([whole[33:60], whole[:40]]))
-    for at in range(60, 90):
-        one = compiled.run(ids[at : at + 1], [Tokens(0, 1, at, [10, 12, 11])], [0], threads=2)
-        assert torch.equal(one[0], whole[at])
+    whole = in_pieces(compiled, ids, 16, [3, 1, 8])
+    for length in (1, 5, 9):
+        assert torch.equal(whole, in_pieces(compiled, ids, length, [4, 6, 5]))
+    # Beside another sequence, and beside the prompt of one.
+    beside = [*ids[:11], *ids[11:24], *ids[:50]]
+    compiled.run(ids[:11], [Tokens(0, 11, 0, [10, 12])], [10], threads=2)
+    parts = [Tokens(0, 11, 0, [14, 15]), Tokens(11, 13, 11, [10, 12]), Tokens(24, 50, 0, [16, 17])]
+    rest = compiled.run(beside, parts, range(74), threads=3)
+    assert torch.equal(rest[:24], torch.cat([whole[:11], whole[11:24]]))
+    # A prompt: the same on any number of threads, in any blocks, whatever is beside.
+    long = compiled.run(ids, [Tokens(0, 90, 0, [4, 6, 5])], range(90), threads=1)
+    assert torch.equal(long, compiled.run(ids, [Tokens(0, 90, 0, [20, 21, 22])], range(90), threads=3))
+    assert torch.equal(rest[24:], long[:50])
+    assert distance(long, whole) < 0.02
 
 
 def test_biases_are_added(tiny_path: Callable[..., Path]) -> None:

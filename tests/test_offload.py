@@ -281,6 +281,18 @@ def test_a_file_that_was_cut_off_is_noticed_before_it_is_read(tmp_path: Path) ->
     files.check()
 
 
+def test_a_file_that_is_cut_off_while_its_weights_are_in_the_ring(tmp_path: Path) -> None:
+    """They are multiplied where the file is mapped: reading beyond its end would end the process."""
+    checkpoint = checkpoint_of(tmp_path)
+    session = Session(checkpoint, "bf16", parts=parts_of(checkpoint, "bf16", TABLES))
+    session.logits(IDS)  # the ring is filled with what the next step begins with
+    (file,) = checkpoint.files
+    os.truncate(file, 4096)
+    with pytest.raises(CheckpointError, match="its weights are read while it answers"):
+        session.logits(IDS)
+    session.loaded.close()
+
+
 def test_a_long_prompt_brings_every_part_few_times(tmp_path: Path) -> None:
     """600 tokens in steps of 512, each of which brings all parts once: not in steps of 128."""
     file = write_tiny(tmp_path / "tiny.gguf", TinyModel(n_layers=2, context=1024))

@@ -260,7 +260,11 @@ def test_a_step_in_one_call_costs_little_beside_its_products() -> None:
 def test_where_parts_are_streamed_a_step_takes_more_of_a_prompt(machine: Machine) -> None:
     whole = made(machine, weights="bf16", context=512)
     streamed = made(machine, weights="bf16", context=512, placement="offload-all")
-    assert (whole.chunk_tokens, streamed.chunk_tokens) == (budget.CHUNK_TOKENS, budget.STREAMED_CHUNK_TOKENS)
+    assert streamed.chunk_tokens == budget.LONG_CHUNK_TOKENS
+    if machine is CPU_ONLY:  # there always: weights are decoded once for all tokens of a step
+        assert whole.chunk_tokens == budget.LONG_CHUNK_TOKENS
+        return
+    assert whole.chunk_tokens == budget.CHUNK_TOKENS
 
     def beside(found: Plan) -> int:
         size = found.vram_bytes or found.extra_ram_bytes - budget.host_bytes(SHAPE)

@@ -166,9 +166,16 @@ async def merged(
     """Chunks of all generations as they come, each with its index; an empty one after `keep_alive` silent seconds.
 
     The next chunk is asked for only when the last one was taken, so a slow reader lets a generation join its chunks.
-    Each wait is a task of its own because a task can be left at any moment: `asyncio.wait_for`, before Python 3.12,
-    sometimes loses a cancellation, and a loop around it would then go on for nobody.
+    Of several, each wait is a task of its own because a task can be left at any moment: `asyncio.wait_for`, before
+    Python 3.12, sometimes loses a cancellation, and a loop around it would then go on for nobody. One needs no task.
     """
+    if len(generations) == 1:
+        (generation,) = generations
+        while True:
+            chunk = await generation.next_chunk(keep_alive) or Chunk(stats=generation.stats)
+            yield 0, chunk
+            if chunk.finish_reason is not None:
+                return
 
     def ask(index: int) -> asyncio.Future[Chunk | None]:
         return asyncio.ensure_future(generations[index].next_chunk(keep_alive))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-import anyio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -33,6 +33,7 @@ class EventStream(Response):
     def __init__(self, events: AsyncGenerator[bytes, None], on_close: Callable[[], None]) -> None:
         self.events = events
         self.on_close = on_close
+        self._sending_since: float | None = None
         self.status_code = 200
         self.background = None
         self.init_headers(
@@ -46,23 +47,29 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.ensure_future(self._write(send))
         leaving = asyncio.ensure_future(disconnected(receive))
+        stalling = asyncio.ensure_future(self._stalled())
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writing, leaving, stalling}, return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
                 await writing
         finally:
             self.on_close()
-            await ended(writing, leaving)
+            await ended(writing, leaving, stalling)
             await self.events.aclose()
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for data in self.events:
-            with anyio.move_on_after(STALLED_SECONDS) as patience:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            if patience.cancelled_caught:
-                return
+            self._sending_since = time.monotonic()
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+            self._sending_since = None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _stalled(self) -> None:
+        """Return when one event has been on its way for too long. One look now and then costs less than a timer for
+        each event."""
+        while self._sending_since is None or time.monotonic() - self._sending_since < STALLED_SECONDS:
+            await asyncio.sleep(STALLED_SECONDS / 4)
 
 
 async def ended(*tasks: asyncio.Future[Any]) -> None:

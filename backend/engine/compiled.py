@@ -1,8 +1,9 @@
 """A whole step in one call of compiled C, for a model on the CPU whose products are in tiles.
 
 The slow twin is `Llama.forward` with `attention`: the same formulas, one torch operation after the other. A small model
-spends more time between torch's operations than in them; here nothing stands between. A token's numbers do not depend
-on the other tokens of the step, on how a prompt is cut into steps, or on the number of threads.
+spends more time between torch's operations than in them; here nothing stands between. A reply's numbers do not depend
+on the other tokens of the step or on the number of threads. Those of a prompt may, in their last bits, where the
+processor multiplies matrices, on how it is cut into steps: more than 16 tokens of it are multiplied in bfloat16.
 
 The output may be plain 16-bit numbers. Layers of plain numbers go through torch: there, what is streamed and what is
 resident must give the same bits, and many tokens at once are torch's strength.
@@ -146,7 +147,7 @@ def _stack(product: Multiply, *, plain: bool) -> steps.Stack | None:
 
 
 def _weight(part: Multiply, plain: bool) -> steps.Weight | None:
-    if isinstance(part, TiledLinear) and part.activations == steps.ACTIVATION_BITS:
+    if isinstance(part, TiledLinear) and not part.exact:
         return steps.Weight(part.format.ggml_id, part.out_features, part.tiles.data_ptr())
     if plain and isinstance(part, PlainLinear) and part.weight.is_cpu and part.weight.dtype in KINDS:
         return steps.Weight(steps.PLAIN + KINDS[part.weight.dtype], part.out_features, part.weight.data_ptr())

@@ -59,10 +59,12 @@ class Engine:
         sleep: Callable[[float], None] = time.sleep,
         prefill_tokens: int = PREFILL_TOKENS,
         speculation: Speculation | None = None,
+        least_tokens: int | None = None,
     ) -> None:
-        """`prefill_tokens`: of prompts in one step. `speculation` None: one token a step for every sequence."""
+        """`prefill_tokens`: of prompts in one step, at most; `least_tokens`: see Pacing. `speculation` None: one token
+        a step for every sequence."""
         self.runner, self.blocks, self._sleep = runner, blocks, sleep
-        self.scheduler = Scheduler(blocks, prefill_tokens, Pacing(prefill_tokens))
+        self.scheduler = Scheduler(blocks, prefill_tokens, Pacing(prefill_tokens, least_tokens))
         self._speculation = speculation
         self.counts = Counts()
         self.records: Records | None = None  # of requests that go on and end, where somebody wants to know

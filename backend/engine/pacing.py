@@ -1,9 +1,9 @@
-"""How much of prompts a step may read while somebody's reply is being written. Plain Python, no clock of its own.
+"""How much of prompts a step may read. Plain Python, no clock of its own.
 
 A running reply gets one token a step, so a step that also reads a prompt is a longer gap in that reply. How long a step
 takes is measured all the time; from that comes the number of prompt tokens with which it stays below `MOST` times a
-step that only writes. Results do not depend on it where a token has the same bits however the work is cut (the compiled
-step); through torch they differ by rounding, as they do with what else runs beside.
+step that only writes. While nobody writes, a longer piece is faster, but a Stop has to wait for its end: it takes about
+`LONGEST` seconds. How a prompt is cut changes its numbers by rounding at most.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from collections import deque
 from statistics import median
 
 MOST = 3.0  # a step that writes and reads, in steps that only write
+LONGEST = 0.5  # seconds of a step that only reads
 FEWEST = 4  # prompt tokens a step, however slow: a prompt must come to its end
 SAMPLES = 7  # so many of the latest steps count; their median, since a machine has other things to do as well
 
 
 class Pacing:
-    """Remembers the latest steps. `prefill_tokens`: of prompts in one step at most, and while nobody writes."""
+    """Remembers the latest steps. `prefill_tokens`: of prompts in one step at most. `least`: while nobody writes, at
+    least, however long that takes; all of them if None."""
 
-    def __init__(self, prefill_tokens: int) -> None:
+    def __init__(self, prefill_tokens: int, least: int | None = None) -> None:
         self._most = prefill_tokens
+        self._least = min(prefill_tokens, least or prefill_tokens)
         self._writing: dict[int, deque[float]] = {}  # seconds of steps that only wrote, by sequences
         self._reading: deque[float] = deque(maxlen=SAMPLES)  # seconds for each prompt token, beside writing or alone
 
@@ -39,7 +42,8 @@ class Pacing:
         0 when it is not known how long such a step takes without a prompt: then this one finds out.
         """
         if not writing:
-            return self._most
+            each = median(self._reading) if self._reading else 0.0
+            return min(self._most, max(1, int(LONGEST / each / self._least)) * self._least) if each else self._least
         alone = self._alone(writing)
         if alone is None:
             return 0

@@ -84,7 +84,8 @@ class Scheduler:
         self._number_waiting()
 
     def schedule(self) -> list[Work]:
-        """Admit who fits and divide the step. Only requests whose blocks are reserved are in the result."""
+        """Admit who fits and divide the step. In the result are only requests whose blocks are reserved, fewest tokens
+        first."""
         self._admit()
         now = [request for request in self.running if not request.not_before or request.not_before <= request.clock()]
         tokens = dict.fromkeys((request for request in now if _left(request) == 1), 1)
@@ -96,7 +97,8 @@ class Scheduler:
             wanted = tokens.get(request, 0)
             if wanted and request in self.running and self._reserve(request, request.computed + wanted):
                 work.append(Work(request, wanted))
-        return [item for item in work if item.request in self.running]
+        # Replies before prompts, long prompts last: a compiled step multiplies them in another way (step.h).
+        return sorted((item for item in work if item.request in self.running), key=lambda item: item.tokens)
 
     def measured(self, work: list[Work], seconds: float) -> None:
         """A step with this work took so long, everything included."""

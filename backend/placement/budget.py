@@ -9,8 +9,9 @@ from backend.placement.machine import MIB
 from backend.placement.sizes import kv_token_bytes
 
 BLOCK_TOKENS = 32
-# Tokens of prompts in one step. Where parts are streamed, every step brings all of them, however few its tokens.
-CHUNK_TOKENS, STREAMED_CHUNK_TOKENS = 128, 512
+# Tokens of prompts in one step. More where parts are streamed, since every step brings all of them, however few its
+# tokens; and on the CPU, where weights are decoded once for all tokens of a step, if such a step is not too slow.
+CHUNK_TOKENS, LONG_CHUNK_TOKENS = 128, 512
 SPARE_BLOCKS = 2  # a chat that begins like another one needs a block of its own where they part
 USEFUL_CONTEXT = 2048  # tokens; a shorter context is not worth keeping all weights resident for
 LEAST_CONTEXT = 512

@@ -41,7 +41,7 @@ class Places:
             link = CudaLink(device)
         self._host = HostMover(link, RING_BUFFERS) if link is not None else None
         self._file = _PartsOfFile(checkpoint, device)
-        self.streamer = Streamer(self._host or FileMover(self._file.read))
+        self.streamer = Streamer(self._host or FileMover(self._file.read, self._file.check))
 
     def put(self, part: Part, make: Make, shape: tuple[int, int]) -> Linear:
         """What the model multiplies with. `shape`: its (out, in) features."""
@@ -106,9 +106,13 @@ class _PartsOfFile:
     def add(self, names: Sequence[str], make: Callable[[], Linear]) -> None:
         self._parts.append((names, make))
 
+    def check(self) -> None:
+        """Raise CheckpointError where a file was cut off since it was opened."""
+        self._files.check()
+
     def read(self, part: int) -> Linear:
         names, make = self._parts[part]
-        self._files.check()
+        self.check()
         try:
             return moved(make(), self._device)
         except UserError:

@@ -18,7 +18,7 @@ from backend.placement.arrange import STAYS, fastest, keeping, resident
 from backend.placement.budget import (
     BLOCK_TOKENS,
     CHUNK_TOKENS,
-    STREAMED_CHUNK_TOKENS,
+    LONG_CHUNK_TOKENS,
     Cache,
     cache,
     decoded_bytes,
@@ -51,7 +51,7 @@ class Plan:
     kv_bytes: int  # reserved; on the CPU, pages are taken as tokens come
     weight_bytes: int  # of all weights, wherever they are
     parts: tuple[Part, ...]  # in the order of a step
-    chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step
+    chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
     host_cache_bytes: int = 0  # limit of the cache's host tier; taken as blocks come
     ring_bytes: int = 0  # buffers that streamed parts go through, on the device
     vram_bytes: int = 0  # most that will be taken on the GPU; 0 without one
@@ -125,11 +125,12 @@ class _Planner:
         self.vectors = vector_bytes(config, tensors)
 
     def plan(self) -> Plan:
-        """With the longer chunk where parts are streamed, unless there is no memory for its activations."""
+        """With the longer chunk where that pays, unless there is no memory for its activations."""
         found = self._with_chunk(CHUNK_TOKENS)
-        if not found.ring_bytes:  # a table that is looked up in is read row by row, in any number of steps
+        # A table on a GPU's host that is looked up in is read row by row, in any number of steps.
+        if self.gpu and not found.ring_bytes:
             return found
-        longer = self._with_chunk(STREAMED_CHUNK_TOKENS)
+        longer = self._with_chunk(LONG_CHUNK_TOKENS)
         return found if longer.fits == "no" and found.fits != "no" else longer
 
     def _with_chunk(self, chunk: int) -> Plan:

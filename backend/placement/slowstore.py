@@ -1,6 +1,7 @@
 """The file as a store of weights: parts are read and converted by one thread of its own, a little ahead of their use.
 
 So a model may be larger than memory: what is alive is the ring, and the pages of the file that are just being read.
+What is multiplied where the file is mapped is read again then, so the file is looked at once more before its use.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from backend.weights.linear import Linear
 
 
 class FileMover:
-    """`read`: a part by its number, in the form it is multiplied in. Called on the reading thread, one at a time."""
+    """`read`: a part by its number, in the form it is multiplied in. Called on the reading thread, one at a time.
+    `check`: raises where the file is no longer what was mapped. Called on the computing thread."""
 
-    def __init__(self, read: Callable[[int], Linear]) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[int], Linear], check: Callable[[], None] = lambda: None) -> None:
+        self._read, self._check = read, check
         self._slots: dict[int, Future[Linear]] = {}
         # Half of the cores convert while all compute: with all for both, they wait for each other. Measured on two.
         threads = max(1, torch.get_num_threads() // 2)
@@ -30,7 +32,9 @@ class FileMover:
         self._slots[slot] = self._reader.submit(self._read, part)
 
     def arrived(self, part: int, slot: int) -> Linear:
-        return self._slots[slot].result()
+        linear = self._slots[slot].result()
+        self._check()  # it may have been in the ring for hours, while nobody asked
+        return linear
 
     def used(self, slot: int) -> None:
         # What is being read this moment is read to its end, and freed then; parts behind it wait for that.

@@ -33,7 +33,7 @@ class RowsLinear:
         compiled = tiles_library()
         if compiled is None:
             raise RuntimeError("products of blocks in rows need a C compiler")
-        self._compiled, self.raws, self.format, self._release = compiled, tuple(raws), fmt, release
+        self._compiled, self.raws, self.format = compiled, tuple(raws), fmt
         self.out_features = sum(raw.shape[0] for raw in raws)
         self.in_features = raws[0].shape[1] // fmt.bytes * fmt.elements
         weakref.finalize(self, release)

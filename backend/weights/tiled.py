@@ -1,13 +1,13 @@
 """ggml blocks multiplied as they are: the bytes of the file in tiles (tiles.py), through compiled code.
 
-Weights are exact: codes, scales and minima are those of the file. Activations are rounded to 15 bits, 16256 steps to
-the largest of each 32 columns: less than bfloat16 rounds most of them, and less than what a float16 scale of a weight
-was rounded by. With `activations=8` those of more than 8 tokens are rounded to 127 steps, as llama.cpp does: about half
-the arithmetic, for long prompts; the product then differs from that of unrounded ones by at most the sum over groups of
-|W| (largest / 254).
-`activations=32` multiplies by decoded float32 values: slow, and the measure of what rounding costs.
+Weights are exact: codes, scales and minima are those of the file. Activations are rounded, in groups of 32 columns, to
+whole numbers of 12 bits (formats of 4 bits), 11 (5 bits), 10 (6 bits) or 15 (8 bits): so many that a product with AMX
+sums their high and low parts at once. A step is the group's largest / (127 * 2^low), low as in kernels/cpu/formats.h.
+The result for a token has the same bits however many tokens are multiplied at once, up to 16, on any number of threads.
 
-The result for a token has the same bits however many tokens are multiplied at once and on however many threads.
+Where the processor has AMX, more than 16 tokens are multiplied in bfloat16: activations, and weights once they are
+decoded, each rounded to 8 significant bits; sums are float32. Elsewhere they are multiplied as few are.
+`exact` multiplies by decoded float32 values: slow, and the measure of what rounding costs.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class TiledLinear:
     """y = x W^T with W, float (out, in), as ggml blocks in tiles, uint8 (bytes,). On the CPU."""
 
     def __init__(
-        self, tiles: torch.Tensor, fmt: BlockFormat, out_features: int, in_features: int, activations: int = 15
+        self, tiles: torch.Tensor, fmt: BlockFormat, out_features: int, in_features: int, exact: bool = False
     ) -> None:
         compiled = tiles_library()
         if compiled is None:
             raise RuntimeError("products of tiles need a C compiler")
-        self._compiled, self.tiles, self.format, self.activations = compiled, tiles, fmt, activations
+        self._compiled, self.tiles, self.format, self.exact = compiled, tiles, fmt, exact
         self.out_features, self.in_features = out_features, in_features
 
     @classmethod
@@ -54,10 +54,9 @@ class TiledLinear:
         return cls(retile(compiled, raws, fmt), fmt, sum(raw.shape[0] for raw in raws), columns)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.activations == 32:
+        if self.exact:
             return F.linear(x, self.decoded())
-        fine = self.activations == 15
-        return product(self._compiled, self.tiles, self.format, self.out_features, self.in_features, x, fine)
+        return product(self._compiled, self.tiles, self.format, self.out_features, self.in_features, x)
 
     def nbytes(self) -> int:
         return self.tiles.nbytes
@@ -75,7 +74,7 @@ class TiledLinear:
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> TiledLinear:
         (tiles,) = tensors
-        return TiledLinear(tiles, self.format, self.out_features, self.in_features, self.activations)
+        return TiledLinear(tiles, self.format, self.out_features, self.in_features, self.exact)
 
 
 @cache

@@ -18,22 +18,23 @@ enum { GROUP = 32, MAX_GROUPS = 8 };
 
 struct shape { /* of one block of one row: bytes, groups of 32, what is taken off the codes */
     int bytes, groups, offset, minimum, codes_signed, halved;
+    int low; /* bits of the low part of activations: so many as codes leave of a byte; 7 for codes of 8 bits */
 };
 
 INLINE struct shape shape_of(enum format format) {
     switch (format) {
-        case Q4_0: return (struct shape){18, 1, 8, 0, 0, 0};
-        case Q4_1: return (struct shape){20, 1, 0, 1, 0, 0};
-        case Q5_0: return (struct shape){22, 1, 16, 0, 0, 0};
-        case Q5_1: return (struct shape){24, 1, 0, 1, 0, 0};
-        case Q8_0: return (struct shape){34, 1, 0, 0, 1, 0};
-        case Q4_K: return (struct shape){144, 8, 0, 1, 0, 0};
-        case Q5_K: return (struct shape){176, 8, 0, 1, 0, 0};
-        case Q6_K: return (struct shape){210, 8, 32, 0, 0, 1}; /* a scale for each 16 columns */
-        case IQ4_NL: return (struct shape){18, 1, 0, 0, 1, 0};
-        case IQ4_XS: return (struct shape){136, 8, 0, 0, 1, 0};
+        case Q4_0: return (struct shape){18, 1, 8, 0, 0, 0, 4};
+        case Q4_1: return (struct shape){20, 1, 0, 1, 0, 0, 4};
+        case Q5_0: return (struct shape){22, 1, 16, 0, 0, 0, 3};
+        case Q5_1: return (struct shape){24, 1, 0, 1, 0, 0, 3};
+        case Q8_0: return (struct shape){34, 1, 0, 0, 1, 0, 7};
+        case Q4_K: return (struct shape){144, 8, 0, 1, 0, 0, 4};
+        case Q5_K: return (struct shape){176, 8, 0, 1, 0, 0, 3};
+        case Q6_K: return (struct shape){210, 8, 32, 0, 0, 1, 2}; /* a scale for each 16 columns */
+        case IQ4_NL: return (struct shape){18, 1, 0, 0, 1, 0, 7};
+        case IQ4_XS: return (struct shape){136, 8, 0, 0, 1, 0, 7};
     }
-    return (struct shape){0, 0, 0, 0, 0, 0};
+    return (struct shape){0, 0, 0, 0, 0, 0, 0};
 }
 
 static const int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};

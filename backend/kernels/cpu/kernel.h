@@ -4,27 +4,28 @@
 #ifndef SURI_KERNEL_H
 #define SURI_KERNEL_H
 #include "formats.h"
+#include "many.h"
 #include "matrix.h"
 #include "product.h"
 #include "retile.h"
 
 #include <stdlib.h>
 
-enum { TOKENS = 128 /* their sums stay in the first cache */, SLICE = 64 /* groups */, TURNED_BYTES = 8 << 10, FAR = 20 << 10, NEAR = 3 << 10 };
+enum { TOKENS = 128 /* their sums stay in the first cache */, FEWEST = 4, SLICE = MAX_GROUPS /* groups */ };
+enum { TURNED_BYTES = 8 << 10, FAR = 20 << 10, NEAR = 3 << 10 };
 
 /* Columns 4 * from .. 4 * to of a group: whole numbers, exact, below 2^28. */
-INLINE lanes dot(struct shape shape, int fine, const struct group *group, const int8_t *x, int32_t sum, int from, int to) {
+INLINE lanes dot(struct shape shape, int low, const struct group *group, const int8_t *x, int32_t sum, int from, int to) {
     /* Two chains, so that one need not wait for the other. */
     lanes one = all(0), other = all(0);
 #define DOT(sum, u, at) \
     (shape.codes_signed ? dot_signed(sum, group->codes[u], word_at(at)) : dot_codes(sum, group->codes[u], word_at(at)))
-    for (int u = from; u < to; u++)
-        if (fine) {
-            one = DOT(one, u, x + 4 * u);
-            other = DOT(other, u, x + GROUP + 4 * u);
-        } else if (u & 1) one = DOT(one, u, x + 4 * u);
-        else other = DOT(other, u, x + 4 * u);
-    return plus(plus(fine ? left(one, 7) : one, other), all(-(shape.codes_signed ? SIGNED_OFFSET : shape.offset) * sum));
+    for (int u = from; u < to; u++) {
+        one = DOT(one, u, x + 4 * u);
+        other = DOT(other, u, x + GROUP + 4 * u);
+    }
+#undef DOT
+    return plus(plus(left(one, low), other), all(-(shape.codes_signed ? SIGNED_OFFSET : shape.offset) * sum));
 }
 
 /* What a group adds to a token's sums. first: the dots with all columns, or with the first 16 where there are two
@@ -37,22 +38,23 @@ INLINE floats add_group(struct shape shape, floats sum, const struct group *grou
     return shape.minimum ? add_product(sum, group->minimum, all_float(about->weighted)) : sum;
 }
 
-INLINE floats with_group(struct shape shape, int fine, floats sum, const struct group *group, const int8_t *x,
+INLINE floats with_group(struct shape shape, int low, floats sum, const struct group *group, const int8_t *x,
                          const struct suri_group *about) {
     if (shape.halved)
-        return add_group(shape, sum, group, about, dot(shape, fine, group, x, about->sums[0], 0, 4),
-                         dot(shape, fine, group, x, about->sums[1], 4, 8));
-    lanes whole = dot(shape, fine, group, x, about->sums[0] + about->sums[1], 0, 8);
+        return add_group(shape, sum, group, about, dot(shape, low, group, x, about->sums[0], 0, 4),
+                         dot(shape, low, group, x, about->sums[1], 4, 8));
+    lanes whole = dot(shape, low, group, x, about->sums[0] + about->sums[1], 0, 8);
     return add_group(shape, sum, group, about, whole, whole);
 }
 
+#if MATRIX
 /* Some groups of a tile, unpacked once for all tokens. */
 struct panel {
-    _Alignas(64) int8_t codes[SLICE][8][64];
+    _Alignas(64) int8_t codes[SLICE][32][64];
     float scale[SLICE][LANES], second[SLICE][LANES], minimum[SLICE][LANES];
 };
 
-INLINE void fill_panel(enum format format, int ahead, const uint8_t *from, int64_t blocks, struct panel *panel) {
+INLINE void fill_panel(enum format format, int low, int ahead, const uint8_t *from, int64_t blocks, struct panel *panel) {
     struct shape shape = shape_of(format);
     for (int64_t at = 0; blocks; blocks--, from += LANES * shape.bytes) {
         struct record record;
@@ -62,9 +64,7 @@ INLINE void fill_panel(enum format format, int ahead, const uint8_t *from, int64
             for (int line = 0; line < LANES * shape.bytes; line += 64) __builtin_prefetch(from + FAR + line, 0, 2);
         for (int g = 0; g < shape.groups; g++, at++) {
             unpack(format, from, &record, g, &group);
-            for (int u = 0; u < 8; u++)
-                store(panel->codes[at][u],
-                      shape.codes_signed ? group.codes[u] : signed_codes(group.codes[u], shape.offset));
+            matrix_codes(shape, low, &group, panel->codes[at]);
             store_floats(panel->scale[at], group.scale);
             if (shape.halved) store_floats(panel->second[at], group.second);
             if (shape.minimum) store_floats(panel->minimum[at], group.minimum);
@@ -72,25 +72,26 @@ INLINE void fill_panel(enum format format, int ahead, const uint8_t *from, int64
     }
 }
 
-INLINE lanes whole_sum(int fine, const struct sums *sums, int t) {
-    return fine ? plus(left(load(sums->high[t]), 7), load(sums->low[t])) : load(sums->high[t]);
-}
-
-/* So many tokens (`at_once`) times a panel. What lies after the last token is multiplied too: it is there, and nobody reads the result. */
-INLINE void panel_tokens(struct shape shape, int fine, int at_once, const struct panel *panel, int64_t groups,
-                         const int8_t *x, const struct suri_group *about, int64_t tokens, float *sums) {
+/* So many tokens (`at_once`) times a panel. What lies after the last token is multiplied too: there is memory behind it
+ * (SLACK of product.c), and nobody reads the result. All whole sums first: what a matrix register has stored can be read
+ * only when it has left for the cache, and until then there are others to compute. */
+INLINE void panel_tokens(struct shape shape, int low, int at_once, struct panel *panel, int64_t groups, const int8_t *x,
+                         const struct suri_group *about, int64_t tokens, float *sums) {
     floats own[MATRIX_TOKENS];
-    struct sums first, second;
+    struct sums first[SLICE], second[SLICE];
+    for (int64_t g = 0; g < groups; g++)
+        matrix_dots(shape, panel->codes[g], x + g * tokens * 2 * GROUP, first + g, second + g);
     for (int t = 0; t < at_once; t++) own[t] = load_floats(sums + t * LANES);
-    for (int64_t g = 0; g < groups; g++, x += tokens * (GROUP << fine), about += tokens) {
-        matrix_dots(shape, fine, panel->codes[g][0], x, &first, &second);
+    for (int64_t g = 0; g < groups; g++, about += tokens) {
         floats scale = load_floats(panel->scale[g]), other = scale, minimum = scale;
         if (shape.halved) other = load_floats(panel->second[g]);
         if (shape.minimum) minimum = load_floats(panel->minimum[g]);
 #pragma GCC unroll 16
         for (int t = 0; t < at_once; t++) { /* as add_group has it */
-            floats scaled = product(scale, to_floats(whole_sum(fine, &first, t)));
-            if (shape.halved) scaled = add_product(scaled, other, to_floats(whole_sum(fine, &second, t)));
+            lanes whole = load(first[g].high[t]);
+            if (shape.codes_signed) whole = plus(left(whole, low), load(first[g].low[t]));
+            floats scaled = product(scale, to_floats(whole));
+            if (shape.halved) scaled = add_product(scaled, other, to_floats(load(second[g].high[t])));
             own[t] = add_product(own[t], scaled, all_float(about[t].scale));
             if (shape.minimum) own[t] = add_product(own[t], minimum, all_float(about[t].weighted));
         }
@@ -98,29 +99,32 @@ INLINE void panel_tokens(struct shape shape, int fine, int at_once, const struct
     for (int t = 0; t < at_once; t++) store_floats(sums + t * LANES, own[t]);
 }
 
-INLINE void records_many(enum format format, int fine, int at_once, int ahead, const uint8_t *from, int64_t block,
-                         int64_t blocks, const struct suri_input *in, int64_t token, int tokens, float *sums) {
+INLINE void records_at_once(enum format format, int at_once, int ahead, const uint8_t *from, int64_t block, int64_t blocks,
+                            const struct suri_input *in, int64_t token, int tokens, float *sums) {
     struct shape shape = shape_of(format);
     struct panel panel;
+    if (shape.halved) memset(panel.codes, 0, sizeof panel.codes);
     for (int64_t left = blocks; left;) {
-        int64_t count = left < SLICE / shape.groups ? left : SLICE / shape.groups;
-        fill_panel(format, ahead, from, count, &panel);
+        /* A few groups at a time stay in the first cache; a block's at least. */
+        int64_t most = shape.groups < FEWEST ? FEWEST / shape.groups : 1, count = left < most ? left : most;
+        fill_panel(format, in->low, ahead, from, count, &panel);
         for (int t = 0; t < tokens; t += at_once) {
             int64_t at = block * shape.groups * in->tokens + token + t;
-            panel_tokens(shape, fine, at_once, &panel, count * shape.groups, in->codes + at * (GROUP << fine), in->groups + at,
+            panel_tokens(shape, in->low, at_once, &panel, count * shape.groups, in->codes + at * 2 * GROUP, in->groups + at,
                          in->tokens, sums + t * LANES);
         }
         left -= count, block += count, from += count * LANES * shape.bytes;
     }
 }
+#endif
 
 /* `blocks` records of a tile, from column block `block` on, and up to TOKENS tokens, one after the other. Adds to sums,
  * which begin as zeros. Each token's sum takes the groups in the same order, however many tokens there are.
  *
  * `ahead`: what follows in memory is asked for, every line of it: far ahead into the second cache, which waits for many
- * more lines at once than the first, and near into the first. Left to the processor, reading takes a third longer. */
-INLINE void records(enum format format, int fine, int ahead, const uint8_t *from, int64_t block,
-                    int64_t blocks, const struct suri_input *in, int64_t token, int tokens, float *sums) {
+ * more lines at once than the first, and near into the first. */
+INLINE void records(enum format format, int ahead, const uint8_t *from, int64_t block, int64_t blocks,
+                    const struct suri_input *in, int64_t token, int tokens, float *sums) {
     struct shape shape = shape_of(format);
     floats alone = load_floats(sums);
     int64_t at = block * shape.groups * in->tokens + token;
@@ -129,7 +133,7 @@ INLINE void records(enum format format, int fine, int ahead, const uint8_t *from
         struct group group;
         open_record(format, from, &record);
         for (int g = 0; g < shape.groups; g++, at += in->tokens) {
-            const int8_t *x = in->codes + at * (GROUP << fine);
+            const int8_t *x = in->codes + at * 2 * GROUP;
             const struct suri_group *about = in->groups + at;
             if (ahead)
                 for (int line = 0; line < LANES * shape.bytes / shape.groups; line += 64) {
@@ -138,11 +142,11 @@ INLINE void records(enum format format, int fine, int ahead, const uint8_t *from
                     __builtin_prefetch(here + NEAR, 0, 3);
                 }
             unpack(format, from, &record, g, &group);
-            if (tokens == 1) alone = with_group(shape, fine, alone, &group, x, about);
+            if (tokens == 1) alone = with_group(shape, in->low, alone, &group, x, about);
             else
                 for (int t = 0; t < tokens; t++) {
                     floats sum = load_floats(sums + t * LANES);
-                    sum = with_group(shape, fine, sum, &group, x + t * (GROUP << fine), about + t);
+                    sum = with_group(shape, in->low, sum, &group, x + t * 2 * GROUP, about + t);
                     store_floats(sums + t * LANES, sum);
                 }
         }
@@ -150,18 +154,19 @@ INLINE void records(enum format format, int fine, int ahead, const uint8_t *from
     if (tokens == 1) store_floats(sums, alone);
 }
 
-INLINE void records_of(enum format format, int matrix, int ahead, const uint8_t *from, int64_t block, int64_t blocks,
+INLINE void records_of(enum format format, int at_once, int ahead, const uint8_t *from, int64_t block, int64_t blocks,
                        const struct suri_input *in, int64_t token, int tokens, float *sums) {
-    if (in->tokens == 1 && in->fine) records(format, 1, ahead, from, block, blocks, in, 0, 1, sums);
-    else if (in->fine && !(MATRIX && matrix)) records(format, 1, ahead, from, block, blocks, in, token, tokens, sums);
-    else if (in->tokens <= MATRIX_FEW) records_many(format, 1, MATRIX_FEW, ahead, from, block, blocks, in, token, tokens, sums);
-    else if (in->fine) records_many(format, 1, MATRIX_TOKENS, ahead, from, block, blocks, in, token, tokens, sums);
-    else if (MATRIX) records_many(format, 0, MATRIX_TOKENS, ahead, from, block, blocks, in, token, tokens, sums);
-    else records(format, 0, ahead, from, block, blocks, in, token, tokens, sums); /* coarse only where AMX is used */
+#if MATRIX
+    if (at_once == MATRIX_FEW) records_at_once(format, MATRIX_FEW, ahead, from, block, blocks, in, token, tokens, sums);
+    else if (at_once) records_at_once(format, MATRIX_TOKENS, ahead, from, block, blocks, in, token, tokens, sums);
+    else
+#endif
+        if (tokens == 1) records(format, ahead, from, block, blocks, in, token, 1, sums);
+    else records(format, ahead, from, block, blocks, in, token, tokens, sums);
 }
 
 /* The same for 16 rows as the file has them: turned into records a little at a time, which stay in the first cache. */
-INLINE void rows_of(enum format format, int matrix, const uint8_t *rows, int64_t row_bytes, const struct suri_input *in,
+INLINE void rows_of(enum format format, int at_once, const uint8_t *rows, int64_t row_bytes, const struct suri_input *in,
                     int64_t token, int tokens, float *sums) {
     struct shape shape = shape_of(format);
     _Alignas(64) uint8_t turned[TURNED_BYTES];
@@ -175,37 +180,45 @@ INLINE void rows_of(enum format format, int matrix, const uint8_t *rows, int64_t
                 __builtin_prefetch(rows + LANES * (row_bytes + (block + b) * shape.bytes) + line);
             one_record(format, from, row_bytes, turned + b * LANES * shape.bytes);
         }
-        records_of(format, matrix, 0, turned, block, count, in, token, tokens, sums);
+        records_of(format, at_once, 0, turned, block, count, in, token, tokens, sums);
+    }
+}
+
+/* The first tokens, as whole numbers. */
+INLINE void few_tokens(enum format format, const struct suri_product *p, int64_t n, const uint8_t *from, int at_once) {
+    struct shape shape = shape_of(format);
+    const struct suri_input *in = p->input;
+    int64_t blocks = p->columns / (GROUP * shape.groups), rows = rows_of_tile(p, n);
+    _Alignas(64) float sums[TOKENS * LANES];
+    for (int64_t token = p->first; token < p->last; token += TOKENS) {
+        int tokens = p->last - token < TOKENS ? (int)(p->last - token) : TOKENS;
+        memset(sums, 0, (size_t)tokens * LANES * sizeof(float));
+        if (p->in_rows) rows_of(format, at_once, from, blocks * shape.bytes, in, token, tokens, sums);
+        else records_of(format, at_once, 1, from, 0, blocks, in, token, tokens, sums);
+        for (int t = 0; t < tokens; t++)
+            memcpy(p->out + (token + t) * p->stride + n * LANES, sums + t * LANES, (size_t)rows * sizeof(float));
     }
 }
 
 INLINE void tiles_of(enum format format, const struct suri_product *p, int64_t first, int64_t last) {
-    const struct suri_input *in = p->input;
     struct shape shape = shape_of(format);
-    int64_t blocks = p->columns / (GROUP * shape.groups), row_bytes = blocks * shape.bytes, tile_bytes = LANES * row_bytes;
-    _Alignas(64) float sums[TOKENS * LANES];
-    int matrix = in->tokens > MATRIX_WORTH_IT && matrix_allowed();
-    if (matrix) matrix_begin(in->tokens <= MATRIX_FEW ? MATRIX_FEW : MATRIX_TOKENS);
-    for (int64_t n = first; n < last; n++) {
-        int64_t rows = p->rows - n * LANES < LANES ? p->rows - n * LANES : LANES;
-        const uint8_t *from = p->tiles + n * tile_bytes;
-        uint8_t *filled = 0;
-        if (p->in_rows && rows < LANES) { /* the last rows: filled up with zeros */
-            filled = calloc(1, (size_t)tile_bytes);
-            if (!filled) abort();
-            from = memcpy(filled, from, (size_t)(rows * row_bytes));
-        }
-        for (int64_t token = p->first; token < p->last; token += TOKENS) {
-            int tokens = p->last - token < TOKENS ? (int)(p->last - token) : TOKENS;
-            memset(sums, 0, (size_t)tokens * LANES * sizeof(float));
-            if (p->in_rows) rows_of(format, matrix, from, row_bytes, in, token, tokens, sums);
-            else records_of(format, matrix, 1, from, 0, blocks, in, token, tokens, sums);
-            for (int t = 0; t < tokens; t++)
-                memcpy(p->out + (token + t) * p->stride + n * LANES, sums + t * LANES, (size_t)rows * sizeof(float));
-        }
-        free(filled);
+    int64_t tile_bytes = p->columns / (GROUP * shape.groups) * shape.bytes * LANES;
+    uint8_t *filled = 0; /* the last rows, where they are as in the file and fewer than 16: filled up with zeros */
+    int64_t rows = rows_of_tile(p, last - 1);
+    if (p->in_rows && rows < LANES) {
+        if (!(filled = calloc(1, (size_t)tile_bytes))) abort();
+        memcpy(filled, p->tiles + (last - 1) * tile_bytes, (size_t)(rows * (tile_bytes / LANES)));
     }
-    if (matrix) matrix_end();
+    int64_t few = p->last - p->first;
+    int at_once = !MATRIX || few <= MATRIX_WORTH_IT || !matrix_allowed() ? 0 : few <= MATRIX_FEW ? MATRIX_FEW : MATRIX_TOKENS;
+    if (at_once) matrix_begin(at_once);
+    for (int64_t n = first; few && n < last; n++)
+        few_tokens(format, p, n, filled && n + 1 == last ? filled : p->tiles + n * tile_bytes, at_once);
+    if (at_once) matrix_end();
+#if MATRIX
+    if (!p->first && p->input->few < p->input->tokens) many_tokens(format, p, first, last, filled);
+#endif
+    free(filled);
 }
 
 /* Values of rows 16 first .. 16 last as float32, (rows, columns): what the codes mean, without activations. */

@@ -8,22 +8,27 @@
 
 enum { CHUNK_BYTES = 96 << 10,
        INPUT_BYTES = 1 << 20,
-       SLACK = 64 + MATRIX_TOKENS * 2 * GROUP /* alignment, and tokens that matrix_dots reads after the last ones */ };
+       SLACK = 64 + 2 * MATRIX_TOKENS * 2 * GROUP /* alignment, and tokens that are read after the last ones */ };
 
 const char *suri_vectors(void) { return SURI_VECTORS; }
 
-int64_t suri_input_bytes(int64_t tokens, int64_t columns, int fine) {
-    (void)fine; /* room for either */
+/* Whether more than SURI_FEW tokens are multiplied in bfloat16. */
+int suri_matrix(void) { return MATRIX && matrix_allowed(); }
+
+int suri_low_bits(int format) { return shape_of((enum format)format).low; }
+
+int64_t suri_input_bytes(int64_t tokens, int64_t columns) {
     return tokens * columns * 2 + tokens * (columns / GROUP) * (int64_t)sizeof(struct suri_group) + SLACK;
 }
 
-struct suri_input suri_input_in(void *memory, int64_t tokens, int64_t columns, int fine) {
+struct suri_input suri_input_in(void *memory, int64_t tokens, int64_t few, int64_t columns, int low) {
     int8_t *codes = (int8_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
-    if (tokens <= MATRIX_FEW || (MATRIX && !matrix_allowed())) fine = 1; /* arithmetic is not what is waited for */
-    return (struct suri_input){tokens, columns, fine, codes, (struct suri_group *)(codes + (tokens * columns << fine))};
+    if (!MATRIX || !matrix_allowed()) few = tokens;
+    /* What is read after the last tokens are the groups, so the slack is behind those. */
+    return (struct suri_input){tokens, few, columns, low, codes, (struct suri_group *)(codes + tokens * columns * 2)};
 }
 
-INLINE void quantise(const float *from, int fine, int8_t *codes, struct suri_group *group) {
+static void quantise(const float *from, int low, int8_t *codes, struct suri_group *group) {
     /* The bits of |x| order like the numbers, with infinities and then NaN above all. */
     uint32_t bits[GROUP], top = 0;
     memcpy(bits, from, sizeof bits);
@@ -35,29 +40,38 @@ INLINE void quantise(const float *from, int fine, int8_t *codes, struct suri_gro
     memcpy(&largest, &top, 4);
     if (top >= 0x7f800000 || largest < 1e-30f) {
         uint32_t none = top >= 0x7f800000 ? 0x7fc00000 : 0;
-        memset(codes, 0, (size_t)GROUP << fine);
+        memset(codes, 0, 2 * GROUP);
         memset(group, 0, sizeof *group);
         memcpy(&group->scale, &none, 4);
         group->weighted = group->scale;
         return;
     }
-    const float most = fine ? 128.0f * 127.0f : 127.0f, step = most / largest;
+    const float most = (float)(127 << low), step = most / largest;
+    const int32_t half_low = 1 << (low - 1);
     int32_t sums[2] = {0, 0};
     for (int half = 0; half < 2; half++)
         for (int j = 16 * half; j < 16 * half + 16; j++) {
             /* Added to 1.5 * 2^23, a number is rounded to a whole one, ties to even, in the lowest bits. */
             float moved = from[j] * step + 12582912.0f;
-            int32_t code, high;
+            int32_t code;
             memcpy(&code, &moved, 4);
             code -= 0x4b400000;
             sums[half] += code;
-            high = fine ? (code + 64) >> 7 : code;
+            int32_t high = (code + half_low) >> low;
             codes[j] = (int8_t)high;
-            if (fine) codes[GROUP + j] = (int8_t)(code - 128 * high);
+            codes[GROUP + j] = (int8_t)(code - high * (1 << low));
         }
     group->scale = largest / most;
     group->weighted = group->scale * (float)(sums[0] + sums[1]);
     group->sums[0] = sums[0], group->sums[1] = sums[1];
+}
+
+/* Rounded to the nearest bfloat16, ties to even; NaN stays NaN. */
+INLINE uint16_t as_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
 }
 
 void suri_quantise(const float *x, const struct suri_input *input, int64_t first, int64_t last) {
@@ -65,8 +79,14 @@ void suri_quantise(const float *x, const struct suri_input *input, int64_t first
         for (int64_t g = 0; g < input->columns / GROUP; g++) {
             int64_t at = g * input->tokens + t;
             const float *from = x + t * input->columns + g * GROUP;
-            if (input->fine) quantise(from, 1, input->codes + at * 2 * GROUP, input->groups + at);
-            else quantise(from, 0, input->codes + at * GROUP, input->groups + at);
+            int8_t *codes = input->codes + at * 2 * GROUP;
+            if (t < input->few) {
+                quantise(from, input->low, codes, input->groups + at);
+                continue;
+            }
+            uint16_t values[GROUP];
+            for (int j = 0; j < GROUP; j++) values[j] = as_bfloat16(from[j]);
+            memcpy(codes, values, sizeof values);
         }
 }
 
@@ -92,18 +112,25 @@ static int64_t tiles_in(int64_t rows) { return (rows + LANES - 1) / LANES; }
 
 void suri_product_of(const struct suri_product *p, int threads) {
     struct shape shape = shape_of((enum format)p->format);
+    const struct suri_input *in = p->input;
     int64_t tile_bytes = p->columns / (GROUP * shape.groups) * LANES * shape.bytes, tiles = tiles_in(p->rows);
-    /* Pieces that take some microseconds, and several for each thread. */
+    /* Pieces that take some microseconds, and several for each thread; of many tokens as many tiles as fit together, and
+     * about the same for each thread. */
     int64_t chunk = CHUNK_BYTES / tile_bytes, most = tiles / (4 * threads);
     if (chunk > most) chunk = most;
-    /* So many tokens at a time that their codes stay in the second cache while all weights pass by. */
-    int64_t tokens = p->input->tokens, at_once = INPUT_BYTES / (p->columns << p->input->fine) / MATRIX_TOKENS * MATRIX_TOKENS;
-    if (at_once < 2 * MATRIX_TOKENS) at_once = 2 * MATRIX_TOKENS;
-    for (int64_t first = 0; first < tokens; first += at_once) {
-        struct suri_product some = *p;
-        some.first = first, some.last = first + at_once < tokens ? first + at_once : tokens;
-        suri_parallel(threads, tiles, chunk < 1 ? 1 : chunk, part, &some);
+    if (in->few < in->tokens) {
+        int64_t pieces = (tiles + MANY_TILES - 1) / MANY_TILES;
+        pieces = (pieces + threads - 1) / threads * threads;
+        chunk = (tiles + 2 * pieces - 1) / (2 * pieces) * 2;
     }
+    /* So many few tokens at a time that their codes stay in the second cache while all weights pass by. */
+    int64_t at_once = INPUT_BYTES / (2 * p->columns) / MATRIX_TOKENS * MATRIX_TOKENS, first = 0;
+    if (at_once < 2 * MATRIX_TOKENS) at_once = 2 * MATRIX_TOKENS;
+    do {
+        struct suri_product some = *p;
+        some.first = first, some.last = first + at_once < in->few ? first + at_once : in->few;
+        suri_parallel(threads, tiles, chunk < 1 ? 1 : chunk, part, &some);
+    } while ((first += at_once) < in->few);
 }
 
 struct quantising {
@@ -117,12 +144,13 @@ static void quantise_part(const void *argument, int64_t first, int64_t last) {
 }
 
 /* y = x W^T for `parts` matrices of one format, one above the other: x float32 (tokens, columns), out (tokens, all rows).
- * matrices: each in tiles, or as in a file with `in_rows`. fine: 0 or 1. Returns 0, or -1 where there is no memory. */
+ * matrices: each in tiles, or as in a file with `in_rows`. few: see struct suri_input. Returns 0, or -1 where there is no
+ * memory. */
 int suri_product(int format, int in_rows, int parts, const uint8_t *const *matrices, const int64_t *rows, int64_t columns,
-                 const float *x, int64_t tokens, int fine, float *out, int threads) {
-    void *memory = malloc((size_t)suri_input_bytes(tokens, columns, fine));
+                 const float *x, int64_t tokens, int64_t few, float *out, int threads) {
+    void *memory = malloc((size_t)suri_input_bytes(tokens, columns));
     if (!memory) return -1;
-    struct suri_input input = suri_input_in(memory, tokens, columns, fine);
+    struct suri_input input = suri_input_in(memory, tokens, few, columns, suri_low_bits(format));
     struct quantising quantising = {x, &input};
     suri_parallel(threads, tokens, 4, quantise_part, &quantising);
     int64_t stride = 0;

@@ -13,11 +13,12 @@ struct suri_group {
     int32_t sums[2];
 };
 
-/* Groups of all tokens, column group by column group: of group g and token t number g * tokens + t. A code of 8 bits is
- * one int8, -127..127. A fine one, of 15 bits, is 128 high + low, -16256..16256: first the 32 high parts, then the low. */
+/* 64 bytes for each group of 32 columns and each token, and one suri_group: of group g and token t number g * tokens + t.
+ * The first `few` tokens are whole numbers, 2^low high + low, in steps of the group's largest / (127 * 2^low): 32 high
+ * parts of 8 bits, then 32 low ones. The others, where the processor multiplies matrices, are 32 bfloat16. */
 struct suri_input {
-    int64_t tokens, columns;
-    int fine;
+    int64_t tokens, few, columns;
+    int low;
     int8_t *codes;
     struct suri_group *groups;
 };
@@ -29,16 +30,21 @@ struct suri_product {
     const struct suri_input *input;
     float *out; /* (tokens, rows), each token's `stride` values after the last one's */
     int64_t stride;
-    int64_t first, last; /* tokens */
+    int64_t first, last; /* of the few tokens; suri_product_of takes all, in turn */
     int in_rows; /* `tiles` are rows as the file has them; slower, by what turning them into tiles takes in the cache */
 };
 
-/* Bytes to reserve for an input; the memory is cut up by suri_input_in. `fine` 0 is granted from 9 tokens on. */
-int64_t suri_input_bytes(int64_t tokens, int64_t columns, int fine);
-struct suri_input suri_input_in(void *memory, int64_t tokens, int64_t columns, int fine);
+/* How finely whole numbers may be rounded for a format; an input for several takes the smallest. */
+int suri_low_bits(int format);
 
-/* x float32 (tokens, columns), into tokens first .. last of the input. A group with a NaN or an infinity becomes NaN;
- * one of nothing above 1e-30 becomes zeros. Error of a value: half a step, the group's largest / 32512 or / 254. */
+/* Bytes to reserve for an input; the memory is cut up by suri_input_in. What comes after the `few` first tokens should be
+ * worth it: more than SURI_FEW tokens of one text. */
+enum { SURI_FEW = 16, MANY_TILES = 8 /* tiles whose bfloat16 stays in the second cache */ };
+int64_t suri_input_bytes(int64_t tokens, int64_t columns);
+struct suri_input suri_input_in(void *memory, int64_t tokens, int64_t few, int64_t columns, int low);
+
+/* x float32 (tokens, columns), into tokens first .. last of the input. A group of whole numbers with a NaN or an infinity
+ * becomes NaN; one of nothing above 1e-30 becomes zeros. */
 void suri_quantise(const float *x, const struct suri_input *input, int64_t first, int64_t last);
 
 /* Rows 16 first .. 16 last of the result, on this thread. The same bits however the work is cut. */

@@ -20,10 +20,11 @@ from backend.kernels.cpu.memory import empty
 from backend.weights.blocks import BlockFormat
 from backend.weights.tiles import ROWS, tiled_bytes
 
+FEW = 16  # tokens: SURI_FEW of product.h
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
     "suri_retile": (_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
-    "suri_product": (_INT, _INT, _INT, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _INT, _POINTER, _INT),
+    "suri_product": (_INT, _INT, _INT, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
     "suri_values": (_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
 }
 
@@ -39,6 +40,7 @@ def with_types(compiled: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(compiled, name)
         function.argtypes, function.restype = kinds, _INT if name == "suri_product" else None
     compiled.suri_vectors.restype = ctypes.c_char_p
+    compiled.suri_matrix.restype = _INT
     return compiled
 
 
@@ -64,11 +66,11 @@ def product(
     rows: int,
     columns: int,
     x: torch.Tensor,
-    fine: bool = True,
+    few: int | None = None,
 ) -> torch.Tensor:
-    """x float32 (tokens, columns) -> x W^T, float32 (tokens, rows), with x rounded in groups of 32 columns to 15 bits
-    (`fine`) or to 8."""
-    return _product(compiled, [tiles], [rows], False, fmt, columns, x, fine)
+    """x float32 (tokens, columns) -> x W^T, float32 (tokens, rows). x is rounded: tiled.py says how for few tokens, and
+    how for many. few: so many of the first tokens are multiplied as few are; None: all are, or none is."""
+    return _product(compiled, [tiles], [rows], False, fmt, columns, x, few)
 
 
 def product_in_rows(
@@ -77,7 +79,7 @@ def product_in_rows(
     """The same, bit for bit, of matrices as they lie in a file, one above the other: raws uint8 (rows, bytes per row),
     each in one piece. Each tile is made in the cache and forgotten: for weights that are multiplied with once."""
     columns = raws[0].shape[1] // fmt.bytes * fmt.elements
-    return _product(compiled, raws, [raw.shape[0] for raw in raws], True, fmt, columns, x, True)
+    return _product(compiled, raws, [raw.shape[0] for raw in raws], True, fmt, columns, x)
 
 
 def _product(
@@ -88,15 +90,16 @@ def _product(
     fmt: BlockFormat,
     columns: int,
     x: torch.Tensor,
-    fine: bool,
+    few: int | None = None,
 ) -> torch.Tensor:
     x, count = x.contiguous(), len(matrices)
     tokens, threads = x.shape[0], torch.get_num_threads()
+    few = few if few is not None else tokens if tokens <= FEW else 0
     out = torch.empty(tokens, sum(rows))
     places = (_POINTER * count)(*(matrix.data_ptr() for matrix in matrices))
     heights = (_SIZE * count)(*rows)
     failed = compiled.suri_product(
-        fmt.ggml_id, in_rows, count, places, heights, columns, x.data_ptr(), tokens, fine, out.data_ptr(), threads
+        fmt.ggml_id, in_rows, count, places, heights, columns, x.data_ptr(), tokens, few, out.data_ptr(), threads
     )
     if failed:
         raise MemoryError(f"no memory for the activations of {tokens} tokens")

@@ -7,7 +7,6 @@
 #include "wide.h"
 
 enum { TOKENS_AT_ONCE = 4 }; /* a thread takes so many of what is done token by token */
-enum { FINE = 1 };           /* activations of 15 bits, as tiled.py has them */
 
 struct suri_workspace {
     struct cut cut;
@@ -200,20 +199,42 @@ static void multiply(const struct run *run, const struct suri_stack *stack, cons
 
 /* the step --------------------------------------------------------------------------------------------------------- */
 
-static void run_phase(struct run *run, suri_work phase, int64_t tokens, const struct suri_stack *next, void *memory) {
-    int64_t columns = next->columns;
+static void run_phase(struct run *run, suri_work phase, int64_t tokens, int64_t few, const struct suri_stack *next,
+                      void *memory) {
+    const struct suri_tools *tools = &run->model->tools;
+    int low = 7;
     run->rounded = 0;
-    for (int64_t n = 0; n < next->count; n++) run->rounded |= next->parts[n].format < PLAIN;
-    run->input = run->model->tools.input_in(memory, tokens, columns, FINE);
-    run->model->tools.parallel(run->threads, tokens, TOKENS_AT_ONCE, phase, run);
+    for (int64_t n = 0; n < next->count; n++)
+        if (next->parts[n].format < PLAIN) {
+            int own = tools->low_bits((int)next->parts[n].format);
+            low = own < low ? own : low;
+            run->rounded = 1;
+        }
+    run->input = tools->input_in(memory, tokens, few, next->columns, low);
+    tools->parallel(run->threads, tokens, TOKENS_AT_ONCE, phase, run);
+}
+
+/* Tokens that are multiplied as whole numbers: those of the spans before the first long one. So what a reply's tokens
+ * are multiplied as does not depend on whose prompt is read in the same step, where replies come first. */
+static int64_t few_tokens(const struct suri_step *step) {
+    int64_t few = 0;
+    for (int64_t s = 0; s < step->spans && step->span[s].count <= SURI_FEW; s++) few += step->span[s].count;
+    return few;
+}
+
+/* The same for the output. The last token of a prompt is one of few. */
+static int64_t few_rows(const struct suri_step *step, int64_t few) {
+    int64_t rows = 0;
+    while (rows < step->rows && step->row[rows] < few) rows++;
+    return step->rows - rows <= SURI_FEW ? step->rows : rows;
 }
 
 static void run_layer(struct run *run, void *memory) {
     const struct suri_model *m = run->model;
     const struct suri_layer *layer = &m->layer[run->number];
-    int64_t tokens = run->step->tokens;
+    int64_t tokens = run->step->tokens, few = few_tokens(run->step);
     run->norm = layer->attention_norm;
-    run_phase(run, norm_tokens, tokens, &layer->qkv, memory);
+    run_phase(run, norm_tokens, tokens, few, &layer->qkv, memory);
     multiply(run, &layer->qkv, run->normed, tokens, run->heads);
     m->tools.parallel(run->threads, tokens, TOKENS_AT_ONCE, place_tokens, run);
     run->attention.keys = (const char *)m->keys + run->number * m->layer_bytes;
@@ -223,13 +244,13 @@ static void run_layer(struct run *run, void *memory) {
         run->attention.value_scales = m->value_scales + run->number * m->layer_bytes / m->head_dim;
     }
     attend(&run->attention, m->tools.parallel, run->threads);
-    run_phase(run, quantise_mixed, tokens, &layer->o, memory);
+    run_phase(run, quantise_mixed, tokens, few, &layer->o, memory);
     multiply(run, &layer->o, run->mixed, tokens, run->change);
     run->add = 1;
     run->norm = layer->ffn_norm;
-    run_phase(run, norm_tokens, tokens, &layer->gate_up, memory);
+    run_phase(run, norm_tokens, tokens, few, &layer->gate_up, memory);
     multiply(run, &layer->gate_up, run->normed, tokens, run->gates);
-    run_phase(run, gate_tokens, tokens, &layer->down, memory);
+    run_phase(run, gate_tokens, tokens, few, &layer->down, memory);
     multiply(run, &layer->down, run->mixed, tokens, run->change);
 }
 
@@ -246,7 +267,7 @@ int suri_run_step(const struct suri_model *m, const struct suri_step *step, stru
         aligned(tokens * 2 * m->ffn_dim * 4),
         aligned(tokens * m->dim * 4),
         aligned(tokens * m->dim * 4),
-        aligned(m->tools.input_bytes(tokens, widest, FINE)),
+        aligned(m->tools.input_bytes(tokens, widest)),
     };
     int64_t total = 64;
     for (int i = 0; i < 6; i++) total += sizes[i];
@@ -269,7 +290,7 @@ int suri_run_step(const struct suri_model *m, const struct suri_step *step, stru
     for (run.number = 0; run.number < m->layers; run.number++) run_layer(&run, at[5]);
     run.norm = m->norm;
     run.row = step->row;
-    run_phase(&run, norm_tokens, step->rows, &m->output, at[5]);
+    run_phase(&run, norm_tokens, step->rows, few_rows(step, few_tokens(step)), &m->output, at[5]);
     multiply(&run, &m->output, run.normed, step->rows, step->logits);
     return 0;
 }

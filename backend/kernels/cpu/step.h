@@ -1,7 +1,8 @@
 /* A whole step of a LLaMA decoder in one call: what backend/model/llama.py says, on tiles, for a flat batch of tokens.
  *
- * Every number of a token is computed by the same operations in the same order, whatever other tokens are in the batch
- * and however many threads work: a reply is the same alone, among others, and read again after an interruption.
+ * A token of a reply is computed by the same operations in the same order whatever other tokens are in the batch and
+ * however many threads work: a reply goes on in the same way alone and among others. More than SURI_FEW tokens of a
+ * sequence in one step are a prompt: those are multiplied in bfloat16 where the processor has an instruction for it.
  */
 #ifndef SURI_STEP_H
 #define SURI_STEP_H
@@ -17,8 +18,9 @@ struct suri_tools {
     suri_parallel_for *parallel;
     void (*quantise)(const float *x, const struct suri_input *input, int64_t first, int64_t last);
     void (*product_of)(const struct suri_product *product, int threads);
-    int64_t (*input_bytes)(int64_t tokens, int64_t columns, int fine);
-    struct suri_input (*input_in)(void *memory, int64_t tokens, int64_t columns, int fine);
+    int64_t (*input_bytes)(int64_t tokens, int64_t columns);
+    struct suri_input (*input_in)(void *memory, int64_t tokens, int64_t few, int64_t columns, int low);
+    int (*low_bits)(int format);
 };
 
 /* Weights that read the same input, one above the other. */
@@ -52,7 +54,7 @@ struct suri_model {
     int64_t layer_bytes, head_bytes, kind;
 };
 
-/* One sequence's tokens in the batch: `first` .. `first + count - 1`, at positions `start` .. of the sequence. The
+/* One sequence's tokens in the batch, span after span: `first` .. `first + count - 1`, at positions `start` .. of the sequence. The
  * sequence's tokens 32 n .. 32 n + 31 are in the cache's block blocks[n]. */
 struct suri_span {
     int64_t first, count, start;

@@ -11,12 +11,11 @@ from backend.kernels.cpu.build import library
 from backend.kernels.cpu.products import tiles_library
 
 MAX_PARTS, MAX_HEAD, MAX_ROWS, BLOCK_TOKENS = 3, 256, 32, 32  # as in step.h and attend.h
-ACTIVATION_BITS = 15  # FINE in step.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # of the cache
 PLAIN = 2000  # and a kind of plain.py: formats of weights that are no tiles
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
-_TOOLS = ("suri_parallel", "suri_quantise", "suri_product_of", "suri_input_bytes", "suri_input_in")
+_TOOLS = ("suri_parallel", "suri_quantise", "suri_product_of", "suri_input_bytes", "suri_input_in", "suri_low_bits")
 
 
 class Tools(ctypes.Structure):
