@@ -282,3 +282,42 @@ def test_attention_is_that_of_the_formula(
         last = query[first + count - 1 : first + count].contiguous()
         alone = probed(probe, last, [(0, 1, start + count - 1)], [table], cached, window, threads=2)
         assert torch.equal(alone[0], found[first + count - 1])
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(64, 9, 3), (128, 4, 4), (32, 8, 1)])
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_of_prompts_is_that_of_the_formula(
+    probe: ctypes.CDLL, head_dim: int, heads: int, kv_heads: int, kind: torch.dtype, window: int | None
+) -> None:
+    """In bfloat16 where there is AMX. Among one another, beside few tokens, on any number of threads."""
+    random = torch.Generator().manual_seed(1)
+    keys, values = (torch.randn(kv_heads, 40 * 32, head_dim, generator=random) for _ in range(2))
+    keys[:, 39 * 32 :] = values[:, 39 * 32 :] = float("nan")  # a block nobody has
+    places = torch.randperm(39, generator=random).tolist()
+    spans = [(0, 3, 20), (3, 40, 300), (43, 100, 0), (143, 17, 511)]
+    tables = [places[:1], places[1:12], places[12:16], places[16:33]]
+    for (_, count, start), table in zip(spans, tables, strict=True):
+        for at in range(start + count, len(table) * 32):  # nor has anybody written to a last block's end
+            keys[:, table[at // 32] * 32 + at % 32] = values[:, table[at // 32] * 32 + at % 32] = float("nan")
+    if kind == torch.int8:
+        (keys, key_scales), (values, value_scales) = quantised(keys), quantised(values)
+        cached = [keys, values, key_scales, value_scales]
+        keys, values = values_of(keys, key_scales, torch.float32), values_of(values, value_scales, torch.float32)
+    else:
+        cached = [keys, values] = [keys.to(kind), values.to(kind)]
+    query = 2 * torch.randn(160, heads, head_dim, generator=random)
+    query[7, 0] = float("nan")
+    found = probed(probe, query, spans, tables, cached, window, threads=1)
+    assert torch.equal(found[8:], probed(probe, query, spans, tables, cached, window, threads=8)[8:])
+    assert found[7, 0].isnan().all()
+    query[7, 0], found[7, 0] = 0.0, 0.0
+    for (first, count, start), table in zip(spans, tables, strict=True):
+        slots = torch.tensor([block * 32 + at for block in table for at in range(32)])[: start + count]
+        expected = attention_twin(query[first : first + count], keys[:, slots], values[:, slots], window)
+        own = found[first : first + count]
+        if first == 3:
+            own[4, 0] = expected[4, 0]
+        assert (own - expected).abs().max() < (2e-5 if count <= 16 else 0.03)
+        coarse = 0.004 if kind == torch.bfloat16 else 0.008
+        assert (own - expected).pow(2).mean().sqrt() < coarse * expected.pow(2).mean().sqrt()

@@ -1,7 +1,8 @@
 /* Attention of a whole step: every token of every sequence in it, over all that its sequence has in the cache.
  *
  * Work is cut into pieces: a few tokens of one sequence and one key-value head. When there are too few pieces for the
- * threads, a piece is cut by chunks of the sequence as well, and folded afterwards; the arithmetic is the same.
+ * threads, a piece is cut by chunks of the sequence as well, and folded afterwards; the arithmetic is the same. Prompts
+ * are attended apart, where the processor has AMX: attend_many.h.
  */
 #ifndef SURI_ATTENTION_H
 #define SURI_ATTENTION_H
@@ -9,6 +10,7 @@
 #include <stdlib.h>
 
 #include "attend.h"
+#include "attend_many.h"
 #include "step.h"
 
 struct piece {
@@ -17,8 +19,15 @@ struct piece {
     int64_t part;                      /* where the states of its chunks begin, if they are kept apart */
 };
 
+/* Rows of a prompt, of one key-value head: row r is head r % group of the head's, of the span's token r / group. */
+struct stretch {
+    int64_t span, head, row, rows;
+};
+
 /* How a step's attention is cut up: the same for all layers, so it is planned once. */
 struct cut {
+    struct stretch *stretches;
+    int64_t stretch_count, stretch_room;
     struct piece *pieces;
     int64_t (*tasks)[2]; /* (piece, chunk of it) */
     struct folded *parts;
@@ -39,20 +48,26 @@ struct attention {
     struct cut *cut;
 };
 
+/* Row `r` of a span's rows of one key-value head. */
+INLINE struct row row_of(const struct attention *a, const struct suri_span *span, int64_t head, int64_t r) {
+    int64_t group = a->heads / a->kv_heads, t = r / group, end = span->start + t + 1;
+    return (struct row){
+        .query = a->queries + (span->first + t) * a->query_stride + (head * group + r % group) * a->head_dim,
+        .first = a->window && end > a->window ? end - a->window : 0,
+        .end = end,
+    };
+}
+
 INLINE int rows_of(const struct attention *a, const struct piece *piece, struct row *rows) {
-    const struct suri_span *span = &a->spans[piece->span];
     int64_t group = a->heads / a->kv_heads;
-    int n = 0;
-    for (int64_t t = piece->token; t < piece->token + piece->tokens; t++)
-        for (int64_t g = 0; g < group; g++) {
-            int64_t end = span->start + t + 1;
-            rows[n++] = (struct row){
-                .query = a->queries + (span->first + t) * a->query_stride + (piece->head * group + g) * a->head_dim,
-                .first = a->window && end > a->window ? end - a->window : 0,
-                .end = end,
-            };
-        }
+    int n = (int)(piece->tokens * group);
+    for (int r = 0; r < n; r++) rows[r] = row_of(a, &a->spans[piece->span], piece->head, piece->token * group + r);
     return n;
+}
+
+INLINE float *out_of(const struct attention *a, const struct suri_span *span, int64_t head, int64_t r) {
+    int64_t group = a->heads / a->kv_heads;
+    return a->out + ((span->first + r / group) * a->heads + head * group + r % group) * a->head_dim;
 }
 
 /* Codes are bytes, so a head's bytes are its slots times head_dim. */
@@ -60,20 +75,42 @@ INLINE const float *scales_of(const float *scales, const struct attention *a, in
     return scales ? scales + head * (a->head_bytes / a->head_dim) : 0;
 }
 
-/* One chunk of a piece, into fresh states. */
-static void attend_piece(const struct attention *a, const struct piece *piece, int64_t chunk, struct folded *states) {
-    struct row rows[MAX_ROWS];
-    int n = rows_of(a, piece, rows);
-    const struct cached of = {
-        .keys = (const char *)a->keys + piece->head * a->head_bytes,
-        .values = (const char *)a->values + piece->head * a->head_bytes,
-        .key_scales = scales_of(a->key_scales, a, piece->head),
-        .value_scales = scales_of(a->value_scales, a, piece->head),
-        .blocks = a->spans[piece->span].blocks,
+INLINE struct cached cached_of(const struct attention *a, int64_t span, int64_t head) {
+    return (struct cached){
+        .keys = (const char *)a->keys + head * a->head_bytes,
+        .values = (const char *)a->values + head * a->head_bytes,
+        .key_scales = scales_of(a->key_scales, a, head),
+        .value_scales = scales_of(a->value_scales, a, head),
+        .blocks = a->spans[span].blocks,
         .kind = a->kind,
         .head_dim = (int)a->head_dim,
         .width = whole_vectors(a->head_dim),
     };
+}
+
+#if MATRIX
+static void stretches_of(const void *context, int64_t first, int64_t last) {
+    const struct attention *a = context;
+    for (int64_t s = first; s < last; s++) {
+        const struct stretch *stretch = &a->cut->stretches[s];
+        const struct suri_span *span = &a->spans[stretch->span];
+        struct row rows[MANY_BLOCKS * MANY_ROWS];
+        float *out[MANY_BLOCKS * MANY_ROWS];
+        for (int r = 0; r < stretch->rows; r++) {
+            rows[r] = row_of(a, span, stretch->head, stretch->row + r);
+            out[r] = out_of(a, span, stretch->head, stretch->row + r);
+        }
+        const struct cached of = cached_of(a, stretch->span, stretch->head);
+        attend_many(&of, rows, (int)stretch->rows, out);
+    }
+}
+#endif
+
+/* One chunk of a piece, into fresh states. */
+static void attend_piece(const struct attention *a, const struct piece *piece, int64_t chunk, struct folded *states) {
+    struct row rows[MAX_ROWS];
+    int n = rows_of(a, piece, rows);
+    const struct cached of = cached_of(a, piece->span, piece->head);
     int64_t start = chunk * CHUNK, end = start + CHUNK < rows[n - 1].end ? start + CHUNK : rows[n - 1].end;
     for (int r = 0; r < n; r++) empty(&states[r], of.width);
     /* Rows are in order of their tokens, so those that see some of the chunk lie together. */
@@ -86,8 +123,7 @@ static void attend_piece(const struct attention *a, const struct piece *piece, i
 INLINE void write_out(const struct attention *a, const struct piece *piece, const struct folded *states) {
     int64_t group = a->heads / a->kv_heads;
     for (int64_t r = 0; r < piece->tokens * group; r++) {
-        int64_t token = a->spans[piece->span].first + piece->token + r / group;
-        float *to = a->out + (token * a->heads + piece->head * group + r % group) * a->head_dim;
+        float *to = out_of(a, &a->spans[piece->span], piece->head, piece->token * group + r);
         for (int64_t d = 0; d < a->head_dim; d++) to[d] = states[r].values[d] / states[r].sum;
     }
 }
@@ -141,20 +177,50 @@ static int grown(void **memory, int64_t *room, int64_t wanted, size_t size) {
 }
 
 static int64_t cut_bytes(const struct cut *cut) {
-    return cut->piece_room * (int64_t)sizeof *cut->pieces + cut->task_room * (int64_t)sizeof *cut->tasks +
+    return cut->stretch_room * (int64_t)sizeof *cut->stretches + cut->piece_room * (int64_t)sizeof *cut->pieces +
+            cut->task_room * (int64_t)sizeof *cut->tasks +
            cut->part_room * (int64_t)sizeof *cut->parts;
 }
+
+/* Spans that attend_many takes: long ones. */
+INLINE int is_long(const struct attention *a, int64_t span) {
+    return a->spans[span].count > SURI_FEW && many_possible(a->kind, a->head_dim);
+}
+
+#if MATRIX
+/* Each stretch lays out keys and values anew, so few long ones; but enough of them for all threads. */
+static int plan_stretches(const struct attention *a, int64_t span_count, int threads) {
+    struct cut *cut = a->cut;
+    int64_t group = a->heads / a->kv_heads, blocks = 0, stretches = 0;
+    for (int64_t s = 0; s < span_count; s++)
+        if (is_long(a, s)) blocks += (a->spans[s].count * group + MANY_ROWS - 1) / MANY_ROWS * a->kv_heads;
+    if (!grown((void **)&cut->stretches, &cut->stretch_room, blocks, sizeof *cut->stretches)) return 0;
+    int64_t each = threads == 1 ? MANY_BLOCKS : (blocks + 4 * threads - 1) / (4 * threads);
+    if (each > MANY_BLOCKS) each = MANY_BLOCKS;
+    for (int64_t s = 0; s < span_count; s++) {
+        int64_t rows = a->spans[s].count * group, most = each * MANY_ROWS;
+        for (int64_t h = 0; is_long(a, s) && h < a->kv_heads; h++)
+            for (int64_t row = 0; row < rows; row += most)
+                cut->stretches[stretches++] = (struct stretch){s, h, row, rows - row < most ? rows - row : most};
+    }
+    cut->stretch_count = stretches;
+    return 1;
+}
+#endif
 
 /* 0 when memory ran out. */
 static int plan_cut(const struct attention *a, int64_t span_count, int threads) {
     struct cut *cut = a->cut;
     int64_t group = a->heads / a->kv_heads, most = MAX_ROWS / group, tokens = most > 1 ? most : 1;
     int64_t pieces = 0, tasks = 0, parts = 0;
+#if MATRIX
+    if (!plan_stretches(a, span_count, threads)) return 0;
+#endif
     for (int64_t s = 0; s < span_count; s++) pieces += (a->spans[s].count + tokens - 1) / tokens * a->kv_heads;
     if (!grown((void **)&cut->pieces, &cut->piece_room, pieces, sizeof *cut->pieces)) return 0;
     pieces = 0;
     for (int64_t s = 0; s < span_count; s++)
-        for (int64_t t = 0; t < a->spans[s].count; t += tokens)
+        for (int64_t t = 0; !is_long(a, s) && t < a->spans[s].count; t += tokens)
             for (int64_t h = 0; h < a->kv_heads; h++) {
                 int64_t count = a->spans[s].count - t < tokens ? a->spans[s].count - t : tokens;
                 int64_t begin = a->spans[s].start + t + 1, end = begin + count - 1;
@@ -183,6 +249,10 @@ typedef void parallel(int threads, int64_t count, int64_t chunk, suri_work work,
 
 static void attend(const struct attention *a, parallel *on_pool, int threads) {
     const struct cut *cut = a->cut;
+#if MATRIX
+    if (cut->stretch_count) on_pool(threads, cut->stretch_count, 1, stretches_of, a);
+#endif
+    if (!cut->piece_count) return;
     if (!cut->task_count) {
         on_pool(threads, cut->piece_count, 1, whole_pieces, a);
         return;

@@ -18,11 +18,6 @@ enum { MANY_GROUPS = 18, MANY_AT_ONCE = 32 /* tokens, and rows */, MOST_BYTES = 
 
 typedef uint16_t factor[GROUP * LANES]; /* 16 pairs of columns; of each pair all rows: what AMX wants of a second factor */
 
-INLINE void many_begin(void) {
-    struct matrix_registers registers = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    _tile_loadconfig(&registers);
-}
-
 /* Column `byte` of four, of each row. */
 INLINE floats value_of(struct shape shape, lanes codes, int byte, floats scale, floats base) {
     lanes code;
@@ -172,7 +167,7 @@ INLINE void many_tiles(enum format format, const struct suri_product *p, int64_t
 }
 
 INLINE void many_tokens(enum format format, const struct suri_product *p, int64_t first, int64_t last, const uint8_t *filled) {
-    many_begin();
+    matrix_whole();
     for (int64_t n = first; n < last; n += MANY_TILES) {
         int tiles = last - n < MANY_TILES ? (int)(last - n) : MANY_TILES;
         many_tiles(format, p, n, tiles, n + tiles == last ? filled : 0);

@@ -7,6 +7,7 @@
  */
 #ifndef SURI_MATRIX_H
 #define SURI_MATRIX_H
+#include "amx.h"
 #include "formats.h"
 
 enum { MATRIX_TOKENS = 16, MATRIX_FEW = 8, MATRIX_WORTH_IT = 4 /* so few tokens are faster one at a time */ };
@@ -15,26 +16,7 @@ struct sums {
     _Alignas(64) int32_t high[MATRIX_TOKENS][LANES], low[MATRIX_TOKENS][LANES];
 };
 
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && \
-    defined(__AVX512BF16__) && defined(__linux__) && !defined(SURI_PORTABLE)
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#define MATRIX 1
-
-/* The system gives the large registers to those who ask; once for the process. */
-INLINE int matrix_allowed(void) {
-    static _Atomic int known; /* 0: not asked yet */
-    if (!known) known = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0 ? 1 : -1;
-    return known > 0;
-}
-
-struct matrix_registers {
-    uint8_t palette, start, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
+#if MATRIX
 /* Registers: 0 and 1 sums; 2 and 3 activations and codes, high and low parts; 4 and 5 one of the parts. tokens: at once,
  * MATRIX_TOKENS or MATRIX_FEW. */
 INLINE void matrix_begin(int tokens) {
@@ -42,8 +24,6 @@ INLINE void matrix_begin(int tokens) {
     struct matrix_registers registers = {1, 0, {0}, {64, 64, 64, 64, 32, 64}, {t, t, t, 16, t, 8}};
     _tile_loadconfig(&registers);
 }
-
-INLINE void matrix_end(void) { _tile_release(); }
 
 /* The codes of a group as matrix_dots wants them, less what is taken off them, so that sums need no correction. Formats
  * that take off nothing may have codes of all 8 bits: those are unsigned. Where halves of the columns are summed apart,
@@ -89,8 +69,5 @@ INLINE void matrix_dots(struct shape shape, int8_t (*codes)[64], const int8_t *x
         _tile_stored(1, second->high, 64);
     }
 }
-#else
-#define MATRIX 0
-INLINE int matrix_allowed(void) { return 0; }
 #endif
 #endif

@@ -18,6 +18,7 @@ struct suri_workspace *suri_workspace_new(void) { return calloc(1, sizeof(struct
 
 void suri_workspace_free(struct suri_workspace *workspace) {
     if (!workspace) return;
+    free(workspace->cut.stretches);
     free(workspace->cut.pieces);
     free(workspace->cut.tasks);
     free(workspace->cut.parts);
