@@ -8,7 +8,7 @@ int probe(const float *queries, float *out, const int64_t (*spans)[3], int64_t s
     struct suri_span described[16];
     struct cut cut = {0};
     for (int64_t i = 0; i < span_count; i++)
-        described[i] = (struct suri_span){spans[i][0], spans[i][1], spans[i][2], blocks + i * most_blocks};
+        described[i] = (struct suri_span){spans[i][0], spans[i][1], spans[i][2], blocks + i * most_blocks, spans[i][1] > 16};
     struct attention a = {
         .queries = queries, .query_stride = heads * head_dim, .out = out, .spans = described, .keys = keys,
         .values = values, .key_scales = key_scales, .value_scales = value_scales, .head_bytes = head_bytes, .kind = kind, .heads = heads, .kv_heads = kv_heads,

@@ -49,7 +49,7 @@ def whole_steps(path: Path) -> None:
         compiled = CompiledStep.of(model, pool)
         assert compiled is not None
         ids = [(7 * n) % 250 for n in range(90)]
-        parts = [Tokens(0, 1, 0, [7]), Tokens(1, 19, 0, [3]), Tokens(20, 70, 0, [5, 2, 6])]
+        parts = [Tokens(0, 1, 0, [7]), Tokens(1, 19, 0, [3], prompt=True), Tokens(20, 70, 0, [5, 2, 6], prompt=True)]
         found = compiled.run(ids, parts, [0, 19, *range(20, 90)], threads=2)
         one = compiled.run(ids[:1], [Tokens(0, 1, 70, [5, 2, 6])], [0], threads=2)
         assert torch.isfinite(torch.cat([found, one])).all()

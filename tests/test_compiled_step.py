@@ -69,7 +69,7 @@ def test_it_computes_what_the_model_says(tiny_path: Callable[..., Path], options
     path = tiny_path(**options)
     model, _, compiled = loaded(path)
     ids = [(7 * n) % 250 for n in range(70)]
-    long = compiled.run(ids, [Tokens(0, 70, 0, [5, 2, 9])], range(70), threads=2)
+    long = compiled.run(ids, [Tokens(0, 70, 0, [5, 2, 9], prompt=True)], range(70), threads=2)
     found = in_pieces(compiled, ids, 14, [4, 1, 8])
     # The same rounding of activations: what is left is the order of sums, and now and then a code that it tips over.
     # bfloat16, where there is AMX, is coarser.
@@ -110,12 +110,12 @@ def test_a_token_has_the_same_bits_however_the_work_is_cut(
     # Beside another sequence, and beside the prompt of one.
     beside = [*ids[:11], *ids[11:24], *ids[:50]]
     compiled.run(ids[:11], [Tokens(0, 11, 0, [10, 12])], [10], threads=2)
-    parts = [Tokens(0, 11, 0, [14, 15]), Tokens(11, 13, 11, [10, 12]), Tokens(24, 50, 0, [16, 17])]
+    parts = [Tokens(0, 11, 0, [14, 15]), Tokens(11, 13, 11, [10, 12]), Tokens(24, 50, 0, [16, 17], prompt=True)]
     rest = compiled.run(beside, parts, range(74), threads=3)
     assert torch.equal(rest[:24], torch.cat([whole[:11], whole[11:24]]))
     # A prompt: the same on any number of threads, in any blocks, whatever is beside.
-    long = compiled.run(ids, [Tokens(0, 90, 0, [4, 6, 5])], range(90), threads=1)
-    assert torch.equal(long, compiled.run(ids, [Tokens(0, 90, 0, [20, 21, 22])], range(90), threads=3))
+    long = compiled.run(ids, [Tokens(0, 90, 0, [4, 6, 5], prompt=True)], range(90), threads=1)
+    assert torch.equal(long, compiled.run(ids, [Tokens(0, 90, 0, [20, 21, 22], prompt=True)], range(90), threads=3))
     assert torch.equal(rest[24:], long[:50])
     assert distance(long, whole) < 0.02
 

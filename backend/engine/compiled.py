@@ -3,7 +3,7 @@
 The slow twin is `Llama.forward` with `attention`: the same formulas, one torch operation after the other. A small model
 spends more time between torch's operations than in them; here nothing stands between. A reply's numbers do not depend
 on the other tokens of the step or on the number of threads. Those of a prompt may, in their last bits, where the
-processor multiplies matrices, on how it is cut into steps: more than 16 tokens of it are multiplied in bfloat16.
+processor multiplies matrices, on how it is cut into steps: attention, and products of more than 32 tokens, are bfloat16.
 
 The output may be plain 16-bit numbers. Layers of plain numbers go through torch: there, what is streamed and what is
 resident must give the same bits, and many tokens at once are torch's strength.
@@ -34,6 +34,7 @@ class Tokens:
     count: int
     start: int
     blocks: Sequence[int]  # of the whole sequence so far
+    prompt: bool = False  # read, not written: numbers may depend, by rounding, on how many come at once
 
 
 class CompiledStep:
@@ -104,7 +105,7 @@ class CompiledStep:
         tables = [torch.tensor(part.blocks, dtype=torch.int32) for part in parts]
         spans = (steps.Span * len(parts))(
             *(
-                steps.Span(part.first, part.count, part.start, table.data_ptr())
+                steps.Span(part.first, part.count, part.start, table.data_ptr(), part.prompt)
                 for part, table in zip(parts, tables, strict=True)
             )
         )

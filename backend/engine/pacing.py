@@ -8,13 +8,16 @@ step that only writes. While nobody writes, a longer piece is faster, but a Stop
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from statistics import median
 
 MOST = 3.0  # a step that writes and reads, in steps that only write
 LONGEST = 0.5  # seconds of a step that only reads
-FEWEST = 4  # prompt tokens a step, however slow: a prompt must come to its end
+SIZES = (4, 6, 8, 12, 15, 22, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # pieces: each at most half as long again
+ALIKE = 1.25  # a piece that takes so much longer than the shortest costs nearly nothing more
 SAMPLES = 7  # so many of the latest steps count; their median, since a machine has other things to do as well
+FORGOTTEN = 64  # steps after which what a piece took is asked anew: it takes longer the longer the text before it
 
 
 class Pacing:
@@ -25,7 +28,10 @@ class Pacing:
         self._most = prefill_tokens
         self._least = min(prefill_tokens, least or prefill_tokens)
         self._writing: dict[int, deque[float]] = {}  # seconds of steps that only wrote, by sequences
-        self._reading: deque[float] = deque(maxlen=SAMPLES)  # seconds for each prompt token, beside writing or alone
+        self._reading: deque[float] = deque(maxlen=SAMPLES)  # seconds for each prompt token of steps that only read
+        # Seconds that a piece adds to a step, by its place in SIZES, with the number of the latest such step.
+        self._pieces: dict[int, tuple[deque[float], int]] = {}
+        self._steps = 0
 
     def record(self, writing: int, reading: int, seconds: float) -> None:
         """A step has taken so long: `writing` sequences had one token each, `reading` tokens were of prompts."""
@@ -33,8 +39,15 @@ class Pacing:
             if writing:
                 self._writing.setdefault(writing, deque(maxlen=SAMPLES)).append(seconds)
             return
+        self._steps += 1
+        if not writing:
+            self._reading.append(seconds / reading)
+        place = bisect_right(SIZES, reading) - 1
         alone = self._alone(writing) or 0.0
-        self._reading.append(max(seconds - alone, 0.0) / reading)
+        if writing and place >= 0:
+            times, _ = self._known(place) or (deque(maxlen=SAMPLES), 0)
+            times.append(max(seconds - alone, 0.0))
+            self._pieces[place] = times, self._steps
 
     def budget(self, writing: int) -> int:
         """Prompt tokens for a step in which `writing` sequences write.
@@ -47,11 +60,23 @@ class Pacing:
         alone = self._alone(writing)
         if alone is None:
             return 0
-        if not self._reading:
-            return min(FEWEST, self._most)
-        each = median(self._reading)
-        fitting = (MOST - 1) * alone / each if each > 0 else self._most
-        return int(min(self._most, max(FEWEST, fitting // FEWEST * FEWEST)))
+        known = {place: median(found[0]) for place in range(len(SIZES)) if (found := self._known(place))}
+        if not known:
+            return min(self._most, SIZES[0])
+        # The longest piece that fits; or, where none does, that takes hardly more than the shortest: a prompt must come
+        # to its end. A piece next to it that nothing is known of is tried: a shorter one where this is too long.
+        fitting = (MOST - 1) * alone
+        limit = max(fitting, ALIKE * min(known.values()))
+        best = max(place for place, added in known.items() if added <= limit)
+        if known[best] > fitting and best and best - 1 not in known:
+            best -= 1
+        elif best + 1 < len(SIZES) and best + 1 not in known:
+            best += 1
+        return min(self._most, SIZES[best])
+
+    def _known(self, place: int) -> tuple[deque[float], int] | None:
+        found = self._pieces.get(place)
+        return found if found is not None and self._steps - found[1] < FORGOTTEN else None
 
     def _alone(self, writing: int) -> float | None:
         """Seconds of a step that only writes, for as many sequences or the next fewer that are known: rather too few

@@ -68,7 +68,7 @@ class Runner:
                 # Torch's attention rounds several queries otherwise than one: each token as if it came alone.
                 parts += [Tokens(len(ids) + n, 1, start + n, blocks) for n in range(item.evaluated)]
             else:
-                parts.append(Tokens(len(ids), item.evaluated, start, blocks))
+                parts.append(Tokens(len(ids), item.evaluated, start, blocks, prompt=item.evaluated > item.logit_rows))
             ids += request.ids[start : start + item.tokens]
             ids += item.drafts
             rows += range(len(ids) - item.logit_rows, len(ids))
@@ -81,7 +81,7 @@ class Runner:
         Returns logits, float32 (rows, vocab), of the tokens ids[rows]; `run` gives those of last tokens only.
         """
         enter(self.device)
-        return self._logits(ids, [Tokens(0, len(ids), start, blocks)], rows)
+        return self._logits(ids, [Tokens(0, len(ids), start, blocks, prompt=True)], rows)
 
     def _logits(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int]) -> torch.Tensor:
         """The step itself: compiled where that applies, else one torch operation after the other."""

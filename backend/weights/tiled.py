@@ -3,9 +3,9 @@
 Weights are exact: codes, scales and minima are those of the file. Activations are rounded, in groups of 32 columns, to
 whole numbers of 12 bits (formats of 4 bits), 11 (5 bits), 10 (6 bits) or 15 (8 bits): so many that a product with AMX
 sums their high and low parts at once. A step is the group's largest / (127 * 2^low), low as in kernels/cpu/formats.h.
-The result for a token has the same bits however many tokens are multiplied at once, up to 16, on any number of threads.
+The result for a token has the same bits however many tokens are multiplied at once, up to 32, on any number of threads.
 
-Where the processor has AMX, more than 16 tokens are multiplied in bfloat16: activations, and weights once they are
+Where the processor has AMX, more than 32 tokens are multiplied in bfloat16: activations, and weights once they are
 decoded, each rounded to 8 significant bits; sums are float32. Elsewhere they are multiplied as few are.
 `exact` multiplies by decoded float32 values: slow, and the measure of what rounding costs.
 """

@@ -9,7 +9,7 @@
 #include "amx.h"
 #include "attend.h"
 
-enum { MANY_ROWS = 32, MANY_KEYS = 128, MANY_BLOCKS = 8 /* of rows in one task */ };
+enum { MANY_ROWS = 32, MANY_KEYS = 128, MANY_BLOCKS = 8 /* of rows in one task */, AHEAD = 96 /* tokens */ };
 
 INLINE int many_possible(int kind, int64_t head_dim) {
     return MATRIX && kind != KV_F32 && head_dim % 32 == 0 && head_dim <= MAX_HEAD && matrix_allowed();
@@ -44,10 +44,18 @@ INLINE __m512i slot_bfloat16(const void *from, const float *scales, int kind, in
     return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
 
-/* Tokens position .. position + count - 1. Beyond them values are zeros, since nobody may have written any yet. */
-static void lay_out(const struct cached *of, int64_t position, int count, struct many_cached *to) {
+/* Tokens position .. position + count - 1, of a sequence up to `end`. Beyond them values are zeros, since nobody may have written any yet. */
+static void lay_out(const struct cached *of, int64_t position, int count, int64_t end, struct many_cached *to) {
+    const int64_t row = (of->kind == KV_INT8 ? 1 : 2) * of->head_dim; /* bytes */
     for (int t = 0; t < count; t += 16) { /* blocks of 32, so 16 slots lie together */
         int64_t slot = of->blocks[(position + t) / BLOCK] * (int64_t)BLOCK + (position + t) % BLOCK;
+        if (position + t + AHEAD < end) { /* blocks lie anywhere: the processor cannot know which comes next */
+            int64_t later = position + t + AHEAD, at = of->blocks[later / BLOCK] * (int64_t)BLOCK + later % BLOCK;
+            for (int64_t line = at * row; line < (at + 16) * row; line += 64) {
+                __builtin_prefetch((const char *)of->keys + line);
+                __builtin_prefetch((const char *)of->values + line);
+            }
+        }
         for (int d = 0; d < of->head_dim; d += 32) {
             floats rows[LANES]; /* pairs of dimensions are 32 bits */
             for (int i = 0; i < LANES; i++)
@@ -206,7 +214,7 @@ static void attend_many(const struct cached *of, const struct row *rows, int n, 
     const int64_t end = rows[n - 1].end;
     for (int64_t position = rows[0].first / MANY_KEYS * MANY_KEYS; position < end; position += MANY_KEYS) {
         int now = end - position < MANY_KEYS ? (int)(end - position) : MANY_KEYS, keys = (now + 31) / 32 * 32;
-        lay_out(of, position, now, &cached);
+        lay_out(of, position, now, end, &cached);
         for (int b = 0; b < count; b++) {
             const struct row *own = rows + b * MANY_ROWS;
             int last = n - b * MANY_ROWS < MANY_ROWS ? n - b * MANY_ROWS : MANY_ROWS;

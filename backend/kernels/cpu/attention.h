@@ -182,9 +182,9 @@ static int64_t cut_bytes(const struct cut *cut) {
            cut->part_room * (int64_t)sizeof *cut->parts;
 }
 
-/* Spans that attend_many takes: long ones. */
+/* Spans that attend_many takes: prompts, but a single token is not worth it. */
 INLINE int is_long(const struct attention *a, int64_t span) {
-    return a->spans[span].count > SURI_FEW && many_possible(a->kind, a->head_dim);
+    return a->spans[span].prompt && a->spans[span].count > 1 && many_possible(a->kind, a->head_dim);
 }
 
 #if MATRIX

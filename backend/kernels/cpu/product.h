@@ -39,7 +39,7 @@ int suri_low_bits(int format);
 
 /* Bytes to reserve for an input; the memory is cut up by suri_input_in. What comes after the `few` first tokens should be
  * worth it: more than SURI_FEW tokens of one text. */
-enum { SURI_FEW = 16, MANY_TILES = 8 /* tiles whose bfloat16 stays in the second cache */ };
+enum { SURI_FEW = 32, MANY_TILES = 8 /* tiles whose bfloat16 stays in the second cache */ };
 int64_t suri_input_bytes(int64_t tokens, int64_t columns);
 struct suri_input suri_input_in(void *memory, int64_t tokens, int64_t few, int64_t columns, int low);
 

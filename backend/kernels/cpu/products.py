@@ -20,7 +20,7 @@ from backend.kernels.cpu.memory import empty
 from backend.weights.blocks import BlockFormat
 from backend.weights.tiles import ROWS, tiled_bytes
 
-FEW = 16  # tokens: SURI_FEW of product.h
+FEW = 32  # tokens: SURI_FEW of product.h
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
     "suri_retile": (_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT),

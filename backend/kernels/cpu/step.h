@@ -1,8 +1,8 @@
 /* A whole step of a LLaMA decoder in one call: what backend/model/llama.py says, on tiles, for a flat batch of tokens.
  *
  * A token of a reply is computed by the same operations in the same order whatever other tokens are in the batch and
- * however many threads work: a reply goes on in the same way alone and among others. More than SURI_FEW tokens of a
- * sequence in one step are a prompt: those are multiplied in bfloat16 where the processor has an instruction for it.
+ * however many threads work: a reply goes on in the same way alone and among others. Where the processor has AMX, a
+ * prompt's attention is computed in bfloat16, and so are the products of more than SURI_FEW tokens of a sequence.
  */
 #ifndef SURI_STEP_H
 #define SURI_STEP_H
@@ -59,6 +59,7 @@ struct suri_model {
 struct suri_span {
     int64_t first, count, start;
     const int32_t *blocks;
+    int64_t prompt; /* its tokens are a prompt's, whose attention may be rounded otherwise than a reply's */
 };
 
 struct suri_step {

@@ -49,7 +49,7 @@ class Model(ctypes.Structure):
 
 
 class Span(ctypes.Structure):
-    _fields_ = [("first", _INT), ("count", _INT), ("start", _INT), ("blocks", _ADDRESS)]
+    _fields_ = [("first", _INT), ("count", _INT), ("start", _INT), ("blocks", _ADDRESS), ("prompt", _INT)]
 
 
 class Step(ctypes.Structure):
