@@ -117,7 +117,9 @@ def test_where_there_are_no_tiles() -> None:
 
 
 @EVERY
-@pytest.mark.parametrize(("rows", "columns", "tokens"), [(48, 512, 1), (37, 768, 3), (16, 256, 7), (20, 512, 16), (16, 256, 29)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"), [(48, 512, 1), (37, 768, 3), (16, 256, 7), (20, 512, 16), (16, 256, 29)]
+)
 def test_products_of_few_tokens_are_exact_but_for_the_rounding_of_activations(
     fmt: BlockFormat, rows: int, columns: int, tokens: int
 ) -> None:

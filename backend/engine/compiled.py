@@ -2,8 +2,8 @@
 
 The slow twin is `Llama.forward` with `attention`: the same formulas, one torch operation after the other. A small model
 spends more time between torch's operations than in them; here nothing stands between. A reply's numbers do not depend
-on the other tokens of the step or on the number of threads. Those of a prompt may, in their last bits, where the
-processor multiplies matrices, on how it is cut into steps: attention, and products of more than 32 tokens, are bfloat16.
+on the other tokens of the step or on the number of threads. Where the processor has AMX, those of a prompt may, by
+rounding, on how it is cut into steps: its attention, and products of more than 32 of its tokens, are bfloat16.
 
 The output may be plain 16-bit numbers. Layers of plain numbers go through torch: there, what is streamed and what is
 resident must give the same bits, and many tokens at once are torch's strength.
