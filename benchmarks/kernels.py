@@ -20,7 +20,7 @@ from backend.weights.tiled import TiledLinear
 
 NAME = "kernels"
 FORMATS = (Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K)
-SHAPES, TOKENS = ((4096, 4096), (11008, 4096)), (1, 8, 320)
+SHAPES, TOKENS = ((4096, 4096), (11008, 4096)), (1, 8, 32, 320)
 ROUNDS, COLD_BYTES = 5, 400 << 20
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
@@ -72,25 +72,22 @@ def _ways(rows: int, columns: int) -> dict[str, tuple[list[Multiply], int]]:
     add("torch int4pack group 32", int4pack)
     add("torch int8pack", int8pack)
     for fmt in FORMATS:
-        for bits in (15, 8):
-            if _tiled(fmt, rows, columns, bits) is not None:
-                add(f"{fmt.name}, {bits}-bit input", _maker(fmt, rows, columns, bits))
+        if _tiled(fmt, rows, columns) is not None:
+            add(fmt.name, _maker(fmt, rows, columns))
     return ways
 
 
-def _maker(fmt: BlockFormat, rows: int, columns: int, bits: int) -> Callable[[], tuple[Multiply, int]]:
+def _maker(fmt: BlockFormat, rows: int, columns: int) -> Callable[[], tuple[Multiply, int]]:
     def make() -> tuple[Multiply, int]:
-        linear = _tiled(fmt, rows, columns, bits)
+        linear = _tiled(fmt, rows, columns)
         assert linear is not None
         return linear, linear.nbytes()
 
     return make
 
 
-def _tiled(fmt: BlockFormat, rows: int, columns: int, bits: int) -> TiledLinear | None:
-    raw = torch.randint(0, 60, (rows, fmt.row_bytes(columns)), dtype=torch.uint8)
-    made = TiledLinear.of_blocks([raw], fmt)
-    return made and TiledLinear(made.tiles, fmt, rows, columns, bits)
+def _tiled(fmt: BlockFormat, rows: int, columns: int) -> TiledLinear | None:
+    return TiledLinear.of_blocks([torch.randint(0, 60, (rows, fmt.row_bytes(columns)), dtype=torch.uint8)], fmt)
 
 
 def _measured(ways: dict[str, tuple[list[Multiply], int]], x: torch.Tensor) -> dict[str, float]:
