@@ -155,13 +155,13 @@ def test_a_step_with_a_prompt_stays_below_three_of_those_without() -> None:
     assert pacing.budget(2) == SIZES[0], "and one careful piece, how long that takes"
     pieces = settled(pacing, lambda tokens: tokens * 0.0004)
     assert pieces[:7] == list(SIZES[:7]), "then longer ones"
-    assert pieces[-1] == 48
+    assert pieces[-1] == 46
     assert max(pieces) == 64, "tried once"
     assert pieces.count(64) == 1
-    assert pacing.budget(5) == 48, "as if there were two: rather too little"
+    assert pacing.budget(5) == 46, "as if there were two: rather too little"
     assert pacing.budget(1) == 0
-    pacing.record(2, 48, 1.0)  # another program had the processor: one step says nothing
-    assert pacing.budget(2) == 48
+    pacing.record(2, 46, 1.0)  # another program had the processor: one step says nothing
+    assert pacing.budget(2) == 46
     settled(pacing, lambda tokens: tokens * 0.0008, 2 * FORGOTTEN)
     assert pacing.budget(2) == 22, "it takes longer now"
     settled(pacing, lambda tokens: tokens * 0.0001, 2 * FORGOTTEN)
@@ -171,7 +171,7 @@ def test_a_step_with_a_prompt_stays_below_three_of_those_without() -> None:
 def test_however_slow_a_prompt_comes_to_its_end() -> None:
     pacing = Pacing(PREFILL_TOKENS)
     pacing.record(2, 0, 0.010)
-    assert settled(pacing, lambda tokens: tokens * 0.1)[-1] == SIZES[0]
+    assert settled(pacing, lambda tokens: tokens * 0.1)[-1] <= SIZES[1]
     pacing = Pacing(PREFILL_TOKENS)
     pacing.record(2, 0, 0.010)
     pieces = settled(pacing, lambda tokens: 0.1 + tokens * 0.001)
@@ -215,6 +215,6 @@ def test_gaps_of_a_running_reply_while_a_long_prompt_is_read(each: float) -> Non
         said = talking[0].completion_tokens
         gaps.append(step())
         assert talking[0].completion_tokens == said + 1
-    assert sorted(gaps)[-2 - len(gaps) // FORGOTTEN] <= max(3 * normal, normal + 6 * each), "but for those that try"
-    assert max(gaps) <= max(4 * normal, normal + 6 * each)
+    assert sorted(gaps)[-2 - len(gaps) // FORGOTTEN] <= max(3 * normal, normal + 5 * each), "but for those that try"
+    assert max(gaps) <= max(4 * normal, normal + 5 * each)
     assert len(gaps) <= 2000 / SIZES[0] + 1

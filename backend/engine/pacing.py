@@ -14,7 +14,7 @@ from statistics import median
 
 MOST = 3.0  # a step that writes and reads, in steps that only write
 LONGEST = 0.5  # seconds of a step that only reads
-SIZES = (4, 6, 8, 12, 15, 22, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # pieces: each at most half as long again
+SIZES = (4, 5, 7, 10, 15, 22, 31, 46, 64, 96, 128, 192, 256, 384, 512)  # pieces: each at most half as long again
 ALIKE = 1.25  # a piece that takes so much longer than the shortest costs nearly nothing more
 SAMPLES = 7  # so many of the latest steps count; their median, since a machine has other things to do as well
 FORGOTTEN = 64  # steps after which what a piece took is asked anew: it takes longer the longer the text before it

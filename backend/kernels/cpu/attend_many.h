@@ -83,8 +83,8 @@ static void lay_out(const struct cached *of, int64_t position, int count, int64_
         for (int d = 0; d < of->head_dim / 16; d++) memset(to->values[t / 32][d] + 8 * 32, 0, 8 * 64);
 }
 
-/* Scores of 32 rows with tokens 0 .. keys - 1, a multiple of 32. */
-INLINE void many_scores(const struct many_block *block, const struct many_cached *cached, int head_dim, int keys,
+/* Scores of 16 or 32 rows with tokens 0 .. keys - 1, a multiple of 32. */
+INLINE void many_scores(const struct many_block *block, const struct many_cached *cached, int head_dim, int keys, int few,
                         float *scores) {
     for (int t = 0; t < keys; t += 32) {
         _tile_zero(0);
@@ -96,14 +96,16 @@ INLINE void many_scores(const struct many_block *block, const struct many_cached
             _tile_loadd(4, rows, head_dim * 2);
             _tile_loadd(6, cached->keys[d / 32][t / 16], 64);
             _tile_loadd(7, cached->keys[d / 32][t / 16 + 1], 64);
-            _tile_loadd(5, rows + 16 * head_dim, head_dim * 2);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
+            if (few) continue;
+            _tile_loadd(5, rows + 16 * head_dim, head_dim * 2);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
         _tile_stored(0, scores + t, MANY_KEYS * 4);
         _tile_stored(1, scores + t + 16, MANY_KEYS * 4);
+        if (few) continue;
         _tile_stored(2, scores + 16 * MANY_KEYS + t, MANY_KEYS * 4);
         _tile_stored(3, scores + 16 * MANY_KEYS + t + 16, MANY_KEYS * 4);
     }
@@ -165,27 +167,31 @@ INLINE void many_weigh(const struct row *row, int64_t position, int keys, const 
     *sum += _mm512_reduce_add_ps(added);
 }
 
-INLINE void many_mix(struct many_block *block, const struct many_cached *cached, int head_dim, int keys,
+INLINE void many_mix(struct many_block *block, const struct many_cached *cached, int head_dim, int keys, int few,
                      const uint16_t *weights) {
     const int stride = head_dim * 4;
     for (int d = 0; d < head_dim; d += 32) {
         float *to = block->values + d;
         _tile_loadd(0, to, stride);
         _tile_loadd(1, to + 16, stride);
-        _tile_loadd(2, to + 16 * head_dim, stride);
-        _tile_loadd(3, to + 16 * head_dim + 16, stride);
+        if (!few) {
+            _tile_loadd(2, to + 16 * head_dim, stride);
+            _tile_loadd(3, to + 16 * head_dim + 16, stride);
+        }
         for (int t = 0; t < keys; t += 32) {
             _tile_loadd(4, weights + t, MANY_KEYS * 2);
             _tile_loadd(6, cached->values[t / 32][d / 16], 64);
             _tile_loadd(7, cached->values[t / 32][d / 16 + 1], 64);
-            _tile_loadd(5, weights + 16 * MANY_KEYS + t, MANY_KEYS * 2);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
+            if (few) continue;
+            _tile_loadd(5, weights + 16 * MANY_KEYS + t, MANY_KEYS * 2);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
         _tile_stored(0, to, stride);
         _tile_stored(1, to + 16, stride);
+        if (few) continue;
         _tile_stored(2, to + 16 * head_dim, stride);
         _tile_stored(3, to + 16 * head_dim + 16, stride);
     }
@@ -196,7 +202,7 @@ static void attend_many(const struct cached *of, const struct row *rows, int n, 
     static _Thread_local struct many_cached cached;
     static _Thread_local struct many_block blocks[MANY_BLOCKS];
     _Alignas(64) float scores[MANY_ROWS * MANY_KEYS];
-    _Alignas(64) uint16_t weights[MANY_ROWS * MANY_KEYS];
+    _Alignas(64) uint16_t weights[MANY_ROWS * MANY_KEYS] = {0};
     const int head_dim = of->head_dim, count = (n + MANY_ROWS - 1) / MANY_ROWS;
     for (int b = 0; b < count; b++)
         for (int r = 0; r < MANY_ROWS; r++) {
@@ -219,12 +225,12 @@ static void attend_many(const struct cached *of, const struct row *rows, int n, 
             const struct row *own = rows + b * MANY_ROWS;
             int last = n - b * MANY_ROWS < MANY_ROWS ? n - b * MANY_ROWS : MANY_ROWS;
             if (own[last - 1].end <= position || own[0].first >= position + now) continue;
-            many_scores(&blocks[b], &cached, head_dim, keys, scores);
-            for (int r = 0; r < MANY_ROWS; r++)
-                many_weigh(&own[r < last ? r : last - 1], position, keys, scores + r * MANY_KEYS, head_dim,
-                           &blocks[b].largest[r], &blocks[b].sum[r], blocks[b].values + r * head_dim,
-                           weights + r * MANY_KEYS);
-            many_mix(&blocks[b], &cached, head_dim, keys, weights);
+            const int few = last <= 16; /* what lies behind the last row is computed too where it shares a register with it */
+            many_scores(&blocks[b], &cached, head_dim, keys, few, scores);
+            for (int r = 0; r < last; r++)
+                many_weigh(&own[r], position, keys, scores + r * MANY_KEYS, head_dim, &blocks[b].largest[r],
+                           &blocks[b].sum[r], blocks[b].values + r * head_dim, weights + r * MANY_KEYS);
+            many_mix(&blocks[b], &cached, head_dim, keys, few, weights);
         }
     }
     matrix_end();
