@@ -20,7 +20,7 @@ from backend.service import Service
 from backend.settings import Settings
 from tests.commandline import resident
 
-PROMPT = 400  # tokens: whole chunks of a prompt, so that the workspace is as large as it gets
+PROMPT = 600  # tokens: whole chunks of a prompt, so that the workspace is as large as it gets
 
 
 def main() -> None:
@@ -37,6 +37,7 @@ def main() -> None:
     plan = prepared.plan = prepared.planned(machine)
     runtime = Runtime(prepared, 4)
     ids = runtime.prompting.encode_text(Path("backend/data/wonderland.txt").read_text(encoding="utf-8")[:4000])
+    runtime.worker._engine.scheduler._pacing = None  # pieces as long as they may be
     for chunk in runtime.start(ids[:PROMPT], GenerationParams(max_tokens=4, temperature=0.0)):
         assert chunk.error is None, chunk.error
     # The cache full, as the plan counts it: every page of it touched.

@@ -149,7 +149,10 @@ def test_a_sequence_that_gave_its_blocks_away_goes_on_from_the_host_tier(tiny_pa
     model = running.runner.model
     pool = KVPool(model.config, 10, BLOCK, torch.bfloat16, host_bytes=4 << 20)
     blocks = BlockPool(10, BLOCK, pool.host)
-    engine = Engine(Runner(model, pool), blocks)
+    runner = Runner(model, pool)
+    for each in (running.runner, runner):
+        each.be_uniform()
+    engine = Engine(runner, blocks)
     params = GenerationParams(temperature=0, max_tokens=100)
     requests = [Request(tuple(prompt(number, 120)), params, frozenset(), Listening(), 256) for number in range(3)]
     for request in requests:

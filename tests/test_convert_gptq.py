@@ -323,4 +323,4 @@ def test_no_more_than_a_layer_is_in_memory(tmp_path: Path) -> None:
     before, peak = peak_of("convert", source, tmp_path / "out", "--type", "gptq", "--calibration", ALICE,
                            "--sample-tokens", "64")  # fmt: skip
     # About 80 MB, most of it libraries that are used for the first time; all layers as float32 would add 71 MB.
-    assert peak - before < 115e6, (peak - before) / 1e6
+    assert peak - before < 120e6, (peak - before) / 1e6

@@ -199,6 +199,8 @@ def test_on_packed_weights_beside_others_in_a_small_cache(tmp_path_factory: pyte
     path = write_tiny(tmp_path_factory.mktemp("packed") / "tiny.gguf", TinyModel(weights="Q4_1", scale=0.3))
     roomy = tiny_runtime(path, context=128, kv_tokens=4096)
     tight = tiny_runtime(path, context=128, kv_tokens=256)
+    for each in (roomy, tight):
+        each.runner.be_uniform()
     try:
         base = {"temperature": 1.0, "max_tokens": 50, "ignore_eos": True}
         kinds: list[dict[str, Any]] = [

@@ -130,6 +130,7 @@ def test_on_the_starters_compiled_step() -> None:
     runtime = starter("original")
     if not runtime.runner.in_one_call:
         pytest.skip("not run: there is no C compiler")
+    runtime.runner.be_uniform()
     asked, speculation = prompts(40000, 8, length=90), runtime._engine._speculation
     try:
         runtime._engine._speculation = None

@@ -35,7 +35,7 @@ def test_blocks_in_rows_give_the_bits_of_tiles(fmt, tokens: int) -> None:  # typ
     kept = torch.cat([build([part], "original")(x) for part in stacked], dim=-1)
     assert torch.equal(borrowed(x), kept)
     expected = x.double() @ borrowed.twin().double().T
-    assert (borrowed(x) - expected).abs().max() <= 1e-3 * expected.abs().max()
+    assert (borrowed(x) - expected).abs().max() <= 0.01 * expected.abs().max()
     assert torch.equal(borrowed.with_tensors(borrowed.tensors())(x), kept)
     assert borrowed.nbytes() == sum(part.raw.nbytes for part in stacked)
 

@@ -30,7 +30,9 @@ WORDS = "one two three four five six seven eight nine ten"
 
 def loaded(path: Path, **changes: Any) -> Runtime:
     preset = dataclasses.replace(PresetFolder(Settings().presets_dir).read("starter"), name="test", **changes)
-    return Runtime(Prepared(preset, path), max_waiting=64)
+    runtime = Runtime(Prepared(preset, path), max_waiting=64)
+    runtime.runner.be_uniform()  # prompts are cut in other ways beside others
+    return runtime
 
 
 def always(runtime: Runtime) -> Runtime:

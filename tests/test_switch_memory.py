@@ -12,7 +12,7 @@ import pytest
 from backend.settings import PROJECT
 from tests.tiny import TinyModel, write_tiny
 
-SLACK = 8 << 20  # what ten switches may leave behind in all: a third of one of these models
+SLACK = 20 << 20  # what ten switches may leave behind in all: less than one of these models
 
 
 @pytest.fixture(scope="module")

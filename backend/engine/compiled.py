@@ -95,6 +95,13 @@ class CompiledStep:
         output = _stack(model.output, plain=True)
         return cls(model, pool, layers, output) if output is not None and _plain(model.norm) else None
 
+    def be_uniform(self) -> None:
+        """From now on prompts are computed as replies are: slower with AMX, and the same bits however they are cut.
+
+        For those who compare what must not change a word: scheduling, caching, guessing.
+        """
+        self._described.uniform = 1
+
     def run(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int], threads: int) -> torch.Tensor:
         """Evaluate the tokens `ids` of all parts, and store their keys and values. Returns logits, float32 (rows,
         vocabulary), of the tokens ids[rows]."""

@@ -43,6 +43,11 @@ class Runner:
         """Whether a step is one compiled call."""
         return self._compiled is not None
 
+    def be_uniform(self) -> None:
+        """See `CompiledStep.be_uniform`; nothing to do where a step is no compiled one."""
+        if self._compiled is not None:
+            self._compiled.be_uniform()
+
     def copy_blocks(self, moves: Sequence[Move]) -> None:
         """Carry out what the block pool has written down, in its order, before anything else is computed."""
         if moves:

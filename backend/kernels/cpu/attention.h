@@ -45,6 +45,7 @@ struct attention {
     int64_t head_bytes;                     /* from one head to the next */
     int kind;
     int64_t heads, kv_heads, head_dim, window; /* window: 0 for none */
+    int64_t uniform;                           /* attend_many takes nothing */
     struct cut *cut;
 };
 
@@ -184,7 +185,7 @@ static int64_t cut_bytes(const struct cut *cut) {
 
 /* Spans that attend_many takes: prompts, but a single token is not worth it. */
 INLINE int is_long(const struct attention *a, int64_t span) {
-    return a->spans[span].prompt && a->spans[span].count > 1 && many_possible(a->kind, a->head_dim);
+    return !a->uniform && a->spans[span].prompt && a->spans[span].count > 1 && many_possible(a->kind, a->head_dim);
 }
 
 #if MATRIX

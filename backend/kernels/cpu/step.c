@@ -217,8 +217,9 @@ static void run_phase(struct run *run, suri_work phase, int64_t tokens, int64_t 
 
 /* Tokens that are multiplied as whole numbers: those of the spans before the first long one. So what a reply's tokens
  * are multiplied as does not depend on whose prompt is read in the same step, where replies come first. */
-static int64_t few_tokens(const struct suri_step *step) {
+static int64_t few_tokens(const struct suri_model *model, const struct suri_step *step) {
     int64_t few = 0;
+    if (model->uniform) return step->tokens;
     for (int64_t s = 0; s < step->spans && step->span[s].count <= SURI_FEW; s++) few += step->span[s].count;
     return few;
 }
@@ -233,7 +234,7 @@ static int64_t few_rows(const struct suri_step *step, int64_t few) {
 static void run_layer(struct run *run, void *memory) {
     const struct suri_model *m = run->model;
     const struct suri_layer *layer = &m->layer[run->number];
-    int64_t tokens = run->step->tokens, few = few_tokens(run->step);
+    int64_t tokens = run->step->tokens, few = few_tokens(m, run->step);
     run->norm = layer->attention_norm;
     run_phase(run, norm_tokens, tokens, few, &layer->qkv, memory);
     multiply(run, &layer->qkv, run->normed, tokens, run->heads);
@@ -285,13 +286,14 @@ int suri_run_step(const struct suri_model *m, const struct suri_step *step, stru
     run.attention = (struct attention){
         .queries = run.heads, .query_stride = (m->heads + 2 * m->kv_heads) * m->head_dim, .out = run.mixed,
         .spans = step->span, .head_bytes = m->head_bytes, .kind = (int)m->kind, .heads = m->heads,
-        .kv_heads = m->kv_heads, .head_dim = m->head_dim, .window = m->window, .cut = &workspace->cut,
+        .kv_heads = m->kv_heads, .head_dim = m->head_dim, .window = m->window, .uniform = m->uniform,
+        .cut = &workspace->cut,
     };
     if (!plan_cut(&run.attention, step->spans, threads)) return -1;
     for (run.number = 0; run.number < m->layers; run.number++) run_layer(&run, at[5]);
     run.norm = m->norm;
     run.row = step->row;
-    run_phase(&run, norm_tokens, step->rows, few_rows(step, few_tokens(step)), &m->output, at[5]);
+    run_phase(&run, norm_tokens, step->rows, few_rows(step, few_tokens(m, step)), &m->output, at[5]);
     multiply(&run, &m->output, run.normed, step->rows, step->logits);
     return 0;
 }

@@ -52,6 +52,7 @@ struct suri_model {
     void *keys, *values;
     float *key_scales, *value_scales; /* (layers, kv_heads, slots) where the cache is int8, else 0 */
     int64_t layer_bytes, head_bytes, kind;
+    int64_t uniform; /* prompts are computed as replies are: slower, and the same bits however they are cut */
 };
 
 /* One sequence's tokens in the batch, span after span: `first` .. `first + count - 1`, at positions `start` .. of the sequence. The

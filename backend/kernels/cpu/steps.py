@@ -44,7 +44,7 @@ class Model(ctypes.Structure):
         ("norm_eps", ctypes.c_double), ("interleaved", _INT), ("layer", ctypes.POINTER(LayerWeights)),
         ("norm", _ADDRESS), ("output", Stack), ("keys", _ADDRESS), ("values", _ADDRESS),
         ("key_scales", _ADDRESS), ("value_scales", _ADDRESS),
-        ("layer_bytes", _INT), ("head_bytes", _INT), ("kind", _INT),
+        ("layer_bytes", _INT), ("head_bytes", _INT), ("kind", _INT), ("uniform", _INT),
     ]  # fmt: skip
 
 
