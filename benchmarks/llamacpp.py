@@ -87,7 +87,9 @@ def run() -> dict[str, Any] | None:
 
 def _compare(label: str, path: Path, tasks: tuple[Task, ...], peer: Peer, threads: int) -> list[dict[str, Any]]:
     preset = PresetFolder(Settings().presets_dir).read("starter")
-    preset = dataclasses.replace(preset, name=label, context=CONTEXT, kv_tokens=CONTEXT, speculation="off")
+    # As long as the longest task needs, and within what both models were made for.
+    context = max(task.prompt + task.reply for task in tasks) + 32
+    preset = dataclasses.replace(preset, name=label, context=context, kv_tokens=context, speculation="off")
     runtime = Runtime(Prepared(preset, path), 1)
     peer.load(path, threads)
     ids = [token % (runtime.tokenizer.vocab_size - 300) + 200 for token in range(7, 7 * 2100, 7)]
