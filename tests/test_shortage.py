@@ -50,7 +50,7 @@ def test_a_long_prompt_is_read_in_smaller_pieces(runtime, error):
     memory = Memory(runtime, error, tokens=40)
     _, ids, last = read(runtime.start(prompt, LONG, use_cache=False))
     assert (ids, last.finish_reason) == (expected, "length")
-    assert memory.steps[0] <= 37  # half of what was asked for was too much as well
+    assert memory.steps[0] in (32, 37)  # 128, or all 150 where that is quick; half was too much as well
     assert sum(memory.steps) == len(prompt) + 39
     assert runtime.blocks.in_use == 0
 

@@ -44,7 +44,8 @@ INLINE __m512i slot_bfloat16(const void *from, const float *scales, int kind, in
     return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
 
-/* Tokens position .. position + count - 1, of a sequence up to `end`. Beyond them values are zeros, since nobody may have written any yet. */
+/* Tokens position .. position + count - 1, of a sequence up to `end`. Beyond them values are zeros, since nobody may have
+ * written any yet. */
 static void lay_out(const struct cached *of, int64_t position, int count, int64_t end, struct many_cached *to) {
     const int64_t row = (of->kind == KV_INT8 ? 1 : 2) * of->head_dim; /* bytes */
     for (int t = 0; t < count; t += 16) { /* blocks of 32, so 16 slots lie together */
