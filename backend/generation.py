@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
+from backend.bell import Bell, Wake
 from backend.events import Chunk, FinishReason, PromptScore, Stats
 from backend.text.stream import TextStream
 
@@ -52,7 +53,7 @@ class Generation:
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
         self._delivered = False
-        self._waker: Callable[[], None] | None = None
+        self._waker: tuple[asyncio.AbstractEventLoop, Wake] | None = None
 
     @classmethod
     def waiting(cls) -> Generation:
@@ -73,10 +74,13 @@ class Generation:
         prompt_ids: tuple[int, ...],
         *,
         trim_start: bool = False,
+        bell: Bell | None = None,
     ) -> None:
-        """What the model makes of the request. Before any token arrives."""
+        """What the model makes of the request. Before any token arrives. `bell`: of the engine, which rings it when it
+        has told of all tokens; without one the reader is woken for each at once."""
         self.prompt_ids = prompt_ids
         self.token_bytes = token_bytes
+        self._bell, self._at_once = bell or Bell(), bell is None
         self._text = TextStream(stop, trim_start=trim_start)
         self._begun = True
 
@@ -118,7 +122,7 @@ class Generation:
                 self._top_logprobs.append(top)
             if text:
                 self._pieces.append(text)
-            self._notify()
+            self._notify(self._at_once)
         return self._text.stopped
 
     def on_finish(self, reason: FinishReason, error: Exception | None = None) -> None:
@@ -130,13 +134,15 @@ class Generation:
             if rest:
                 self._pieces.append(rest)
             self._finish, self._error = reason, error
-            self._notify()
+            self._notify(True)
 
-    def _notify(self) -> None:
+    def _notify(self, at_once: bool) -> None:
         self._changed.notify_all()
         waker, self._waker = self._waker, None
         if waker is not None:
-            waker()
+            self._bell.pull(*waker)
+        if at_once:
+            self._bell.ring()
 
     # the reader's side -----------------------------------------------------------------------------------------------
 
@@ -175,18 +181,12 @@ class Generation:
         """Wait for news on the running event loop. None when `timeout` seconds passed without any."""
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
-
-        def wake() -> None:
-            try:
-                loop.call_soon_threadsafe(arrived.set)
-            except RuntimeError:  # the loop closed while we waited: nobody is left to tell
-                pass
-
+        waker = loop, arrived.set
         with self._changed:
             chunk = self._take()
             if chunk is not None or self._delivered:
                 return chunk
-            self._waker = wake
+            self._waker = waker
         # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation that arrives together with the event.
         timer = loop.call_later(timeout, arrived.set) if timeout is not None else None
         try:
@@ -195,7 +195,7 @@ class Generation:
             if timer is not None:
                 timer.cancel()
             with self._changed:
-                if self._waker is wake:
+                if self._waker is waker:
                     self._waker = None
         with self._changed:
             return self._take()

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from backend.bell import Bell
 from backend.cache.blocks import BlockPool
 from backend.cache.kv import KV_TYPES, KVPool
 from backend.checkpoint.base import Checkpoint
@@ -154,7 +155,8 @@ class Runtime:
         # A step that brings weights from elsewhere takes as long for few tokens as for many.
         least = None if plan.ring_bytes else CHUNK_TOKENS
         engine = Engine(self.runner, self.blocks, time.sleep, plan.chunk_tokens, speculation, least)
-        self._engine = engine
+        self._engine, self._bell = engine, Bell()
+        self.runner.before = engine.resting = self._bell.ring
         way = self.preset.weights, self.preset.lora, plan.kv_type, plan.device, BLOCK_TOKENS, self.runner.in_one_call
         numbers = fingerprint(self.prepared.files, config, *way)
         self._keeper = Keeper(caches, numbers, self.blocks, self._kv, config.vocab_size)
@@ -306,7 +308,7 @@ class Runtime:
         stop = (*params.stop, *prompting.stops) if chat else params.stop
         trim = chat and prompting.trims_reply
         generation = generation or Generation.waiting()
-        generation.begin(self.tokenizer.token_bytes, stop, tuple(ids), trim_start=trim)
+        generation.begin(self.tokenizer.token_bytes, stop, tuple(ids), trim_start=trim, bell=self._bell)
         generation.model, generation.left_out = self.name, left_out
         request = Request(
             prompt=tuple(ids),

@@ -15,6 +15,7 @@ from backend.cache.kv import KVPool
 from backend.checkpoint.open import open_checkpoint
 from backend.engine.compiled import CompiledStep, Tokens
 from backend.kernels.cpu import build, steps
+from backend.kernels.cpu.draws import Draw, finite_rows
 from backend.kernels.cpu.products import product, product_in_rows, retile, tiles_library, values
 from backend.placement.load import load_model
 from backend.weights.blocks import BlockFormat
@@ -42,6 +43,15 @@ def products(fmt: BlockFormat, variant: str) -> None:
                 assert ((found - expected).abs() <= bound).all(), (fmt.name, rows, columns, tokens, variant)
 
 
+def drawn() -> None:
+    draw = Draw.of([("top_k", 1024), ("top_p", 0.9), ("min_p", -5.0), ("temperature", 0.7), ("top_k", 3)])
+    assert draw is not None
+    for size in (1, 15, 16, 1024, 4097, 50257):
+        rows = torch.randn(3, size)
+        assert finite_rows(rows) == [True] * 3
+        assert all(rows[n, draw(rows[n].clone(), 0.999)] > -float("inf") for n in range(3))
+
+
 def whole_steps(path: Path) -> None:
     model = load_model(open_checkpoint(path), "original", "test").model
     for kv in steps.KINDS:
@@ -59,6 +69,7 @@ def main() -> None:
     build.FLAGS = ("-O1", "-g", "-march=native", "-fPIC", "-std=gnu11", "-fno-math-errno", *sys.argv[2:])
     for fmt in FIELDS:
         products(fmt, "native")
+    drawn()
     for path in sys.argv[1].split(":"):
         whole_steps(Path(path))
     print("clean")

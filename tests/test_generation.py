@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from backend.bell import Bell
 from backend.errors import EngineError
 from backend.events import Chunk, Stats
 from backend.generation import Generation
@@ -253,15 +254,53 @@ def test_the_engine_outlives_the_readers_loop() -> None:
     loop = asyncio.new_event_loop()
     task = loop.create_task(wait_a_moment())
     loop.run_until_complete(asyncio.sleep(0.01))
-    waker = generation._waker
-    assert waker is not None
+    generation._bell.pull(
+        loop, lambda: pytest.fail("nobody is there")
+    )  # as the engine does just before the loop closes
     task.cancel()
     loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
     loop.close()
-    waker()  # as the engine would, having fetched it just before the loop closed
     generation.on_token(0, None)
     generation.on_finish("stop")
     assert [chunk.text for chunk in generation] == ["Hello"]
+
+
+def test_readers_of_a_bell_are_woken_together_when_it_rings() -> None:
+    class Loop(asyncio.SelectorEventLoop):
+        calls = 0
+
+        def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
+            self.calls += 1
+            return super().call_soon_threadsafe(*args, **kwargs)
+
+    bell, loop = Bell(), Loop()
+    replies = [reply()[0] for _ in range(8)]
+    for generation in replies:
+        generation.begin(lambda i: WORDS[i].encode(), (), (7,), bell=bell)
+
+    async def main() -> None:
+        waiting = [asyncio.ensure_future(generation.next_chunk()) for generation in replies]
+        await asyncio.sleep(0)
+        for generation in replies:
+            generation.on_token(0, None)
+        await asyncio.sleep(0.01)
+        assert not any(task.done() for task in waiting), "the engine has more to do first"
+        before = loop.calls
+        bell.ring()
+        assert loop.calls == before + 1
+        assert [chunk.text for chunk in await asyncio.gather(*waiting) if chunk] == ["Hello"] * 8
+        bell.ring()
+        assert loop.calls == before + 1, "nobody is waiting"
+        last = asyncio.ensure_future(replies[0].next_chunk())
+        await asyncio.sleep(0)
+        replies[0].on_finish("stop")
+        chunk = await asyncio.wait_for(last, 1)
+        assert getattr(chunk, "finish_reason", None) == "stop", "an end is told at once"
+
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
 
 
 def test_readers_start_no_threads() -> None:

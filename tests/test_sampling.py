@@ -21,9 +21,11 @@ NEUTRAL = GenerationParams.from_mapping({knob.name: knob.neutral for knob in KNO
 ALMOST_ONE = 1 - 2**-53
 
 
-def sample(logits: torch.Tensor, params: GenerationParams, history: list[int], uniform: float) -> int:
+def sample(
+    logits: torch.Tensor, params: GenerationParams, history: list[int], uniform: float, *, compiled: bool = True
+) -> int:
     """One token after this prompt, with this number for chance."""
-    token = Sampler(params, history, lambda: uniform).next(logits).token
+    token = Sampler(params, history, lambda: uniform, compiled=compiled).next(logits).token
     assert token is not None
     return token
 
@@ -205,9 +207,10 @@ def test_neutral_values_add_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
             return real(*args)
 
         monkeypatch.setattr(samplers, name, noted)
-    sample(row(), NEUTRAL, [1, 2], 0.5)
+    sample(row(), NEUTRAL, [1, 2], 0.5, compiled=False)
     assert called == []
-    sample(row(), with_params(repetition_penalty=1.2, top_k=9, top_p=0.9, min_p=0.1, temperature=0.5), [1], 0.5)
+    params = with_params(repetition_penalty=1.2, top_k=9, top_p=0.9, min_p=0.1, temperature=0.5)
+    sample(row(), params, [1], 0.5, compiled=False)
     assert called == ["repetition_penalty", "likeliest", "top_p", "min_p", "temperature"]
 
 

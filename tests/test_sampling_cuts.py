@@ -146,7 +146,7 @@ def test_smoothing(seed: int, factor: float, curve: float) -> None:
 
 def next_row(params: GenerationParams, prompt: list[int], reply: list[int], logits: torch.Tensor) -> np.ndarray:
     """The row from which the next token would be drawn, full length."""
-    sampler = Sampler(params, prompt, lambda: 0.0, token_bytes=lambda token: bytes([token % 256]))
+    sampler = Sampler(params, prompt, lambda: 0.0, token_bytes=lambda token: bytes([token % 256]), compiled=False)
     for token in reply:
         sampler._take(token, token)
     return seen(sampler, logits)
@@ -367,7 +367,7 @@ def test_draws_follow_what_the_step_leaves(name: str) -> None:
 
 
 def test_neutral_knobs_ask_for_no_step() -> None:
-    assert Sampler(NEUTRAL, [1, 2], lambda: 0.0)._steps == []
+    assert Sampler(NEUTRAL, [1, 2], lambda: 0.0, compiled=False)._steps == []
     for knob in KNOBS:
         if knob.kind in ("int", "float"):
-            assert Sampler(with_params(**{knob.name: knob.neutral}), [], lambda: 0.0)._steps == []
+            assert Sampler(with_params(**{knob.name: knob.neutral}), [], lambda: 0.0, compiled=False)._steps == []

@@ -168,6 +168,26 @@ def test_a_step_with_a_prompt_stays_below_three_of_those_without() -> None:
     assert pacing.budget(2) == PREFILL_TOKENS
 
 
+def test_when_more_wait_to_be_read_than_write_they_are_read_sooner() -> None:
+    """Seven people ask while one reply is being written: a gap that nobody notices, and all are served."""
+    pacing = Pacing(PREFILL_TOKENS)
+    pacing.record(0, 100, 0.040)
+    pacing.record(1, 0, 0.005)
+    assert pacing.budget(1) == 10, "a first piece by what a token took: twice that much"
+    assert pacing.budget(1, 2) == 22
+    assert pacing.budget(1, 7) == 64
+    assert pacing.budget(1, 700) == 96, "at most a tenth of a second"
+    pacing.record(1, 64, 0.005 + 0.050)
+    pacing.record(1, 96, 0.005 + 0.120)
+    assert pacing.budget(1, 7) == 64
+    assert pacing.budget(1, 700) == 64
+    assert pacing.budget(1) == 46, "for one the longest that is known is too long: a shorter one is tried"
+    slow = Pacing(PREFILL_TOKENS)
+    slow.record(0, 100, 10.0)
+    slow.record(1, 0, 0.5)
+    assert slow.budget(1, 50) == slow.budget(1) == 5, "where a step takes long enough nobody waits for more"
+
+
 def test_however_slow_a_prompt_comes_to_its_end() -> None:
     pacing = Pacing(PREFILL_TOKENS)
     pacing.record(2, 0, 0.010)

@@ -12,7 +12,7 @@ resident must give the same bits, and many tokens at once are torch's strength.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,9 +102,16 @@ class CompiledStep:
         """
         self._described.uniform = 1
 
-    def run(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int], threads: int) -> torch.Tensor:
+    def run(
+        self,
+        ids: Sequence[int],
+        parts: Sequence[Tokens],
+        rows: Sequence[int],
+        threads: int,
+        before: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
         """Evaluate the tokens `ids` of all parts, and store their keys and values. Returns logits, float32 (rows,
-        vocabulary), of the tokens ids[rows]."""
+        vocabulary), of the tokens ids[rows]. `before` is called when Python has nothing more to do."""
         model = self._model
         x = model.embedding(torch.tensor(ids)).contiguous()
         positions = torch.tensor([at for part in parts for at in range(part.start, part.start + part.count)])
@@ -121,6 +128,7 @@ class CompiledStep:
         step = steps.Step(
             len(ids), len(parts), len(rows), x.data_ptr(), turns.data_ptr(), spans, wanted.data_ptr(), logits.data_ptr()
         )
+        before()
         if self._library.suri_run_step(self._described, step, self._workspace, threads):
             raise MemoryError(f"a step of {len(ids)} tokens found no memory for its intermediate values")
         return logits

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from backend.cache.blocks import BlockPool
@@ -21,6 +20,7 @@ from backend.engine.shortage import run_step
 from backend.engine.speculation import Counts, Speculation
 from backend.errors import EngineError, NumericalError, UserError
 from backend.events import FinishReason
+from backend.kernels.cpu.draws import finite_rows
 from backend.metrics import Records
 from backend.sampling.chain import log_probability, top_log_probabilities
 from backend.sampling.guidance import guided
@@ -68,6 +68,7 @@ class Engine:
         self._speculation = speculation
         self.counts = Counts()
         self.records: Records | None = None  # of requests that go on and end, where somebody wants to know
+        self.resting: Callable[[], None] = lambda: None  # called when there is nothing to compute for a moment
         self._drawing: dict[Request, _Drawing] = {}
         self._pairs = Pairs()
 
@@ -88,14 +89,14 @@ class Engine:
                 work = self._speculation.add_drafts(work, self.scheduler.room)
             self.runner.copy_blocks(self.blocks.take_moves())
             if not work:
+                self.resting()
                 self._rest()
                 return
             started = time.perf_counter()
             work, logits = run_step(self.runner.run, work, self._end)
             if not work:
                 return
-            # Not torch's: it would take three passes, and wait for threads.
-            finite = np.isfinite(logits.numpy()).all(axis=-1).tolist()
+            finite = finite_rows(logits)
             computed = time.perf_counter()
         except Exception as error:  # whatever it is, the readers must hear of it and the next request must work
             log.exception("the engine failed in a step")

@@ -2,8 +2,9 @@
 
 A running reply gets one token a step, so a step that also reads a prompt is a longer gap in that reply. How long a step
 takes is measured all the time; from that comes the number of prompt tokens with which it stays below `MOST` times a
-step that only writes. While nobody writes, a longer piece is faster, but a Stop has to wait for its end: it takes about
-`LONGEST` seconds. How a prompt is cut changes its numbers by rounding at most.
+step that only writes. Where more wait to be read than write, as when several ask at once, it may be as much longer as
+they are more, within what nobody notices (`BRIEF`). While nobody writes, a longer piece is faster, but a Stop has to
+wait for its end: it takes about `LONGEST` seconds. How a prompt is cut changes its numbers by rounding at most.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections import deque
 from statistics import median
 
 MOST = 3.0  # a step that writes and reads, in steps that only write
+BRIEF = 0.1  # seconds: a gap in a reply that is as good as none, once
 LONGEST = 0.5  # seconds of a step that only reads
+WORSE = 2.0  # a token beside replies, in tokens of a step that only reads: what a first piece is guessed to take
 SIZES = (4, 5, 7, 10, 15, 22, 31, 46, 64, 96, 128, 192, 256, 384, 512)  # pieces: each at most half as long again
 ALIKE = 1.25  # a piece that takes so much longer than the shortest costs nearly nothing more
 SAMPLES = 7  # so many of the latest steps count; their median, since a machine has other things to do as well
@@ -49,8 +52,8 @@ class Pacing:
             times.append(max(seconds - alone, 0.0))
             self._pieces[place] = times, self._steps
 
-    def budget(self, writing: int) -> int:
-        """Prompt tokens for a step in which `writing` sequences write.
+    def budget(self, writing: int, reading: int = 1) -> int:
+        """Prompt tokens for a step in which `writing` sequences write, while `reading` have still to be read.
 
         0 when it is not known how long such a step takes without a prompt: then this one finds out.
         """
@@ -60,19 +63,26 @@ class Pacing:
         alone = self._alone(writing)
         if alone is None:
             return 0
+        fitting = (MOST - 1) * alone
+        fitting = max(fitting, min(fitting * reading / writing, BRIEF))
         known = {place: median(found[0]) for place in range(len(SIZES)) if (found := self._known(place))}
+        guess = self._guess(fitting)
         if not known:
-            return min(self._most, SIZES[0])
+            return min(self._most, SIZES[guess])
         # The longest piece that fits; or, where none does, that takes hardly more than the shortest: a prompt must come
         # to its end. A piece next to it that nothing is known of is tried: a shorter one where this is too long.
-        fitting = (MOST - 1) * alone
         limit = max(fitting, ALIKE * min(known.values()))
         best = max(place for place, added in known.items() if added <= limit)
         if known[best] > fitting and best and best - 1 not in known:
             best -= 1
         elif best + 1 < len(SIZES) and best + 1 not in known:
-            best += 1
+            best = max(best + 1, guess) if guess > max(known) else best + 1
         return min(self._most, SIZES[best])
+
+    def _guess(self, seconds: float) -> int:
+        """Place in SIZES of a piece that should not take longer, by what steps took that only read."""
+        each = WORSE * median(self._reading) if self._reading else 0.0
+        return max(bisect_right(SIZES, seconds / each) - 1, 0) if each else 0
 
     def _known(self, place: int) -> tuple[deque[float], int] | None:
         found = self._pieces.get(place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -35,6 +35,7 @@ class Runner:
         self._decoder = decoder(self.model, pool, graphs=graphs)
         self._compiled = CompiledStep.of(self.model, pool) if compiled else None
         self._threads = threads
+        self.before: Callable[[], None] = lambda: None  # called when all that is left of a step is to compute it
         self.tokens_evaluated = 0  # all tokens that ever went through the model
         self.steps = 0
 
@@ -60,6 +61,7 @@ class Runner:
         enter(self.device)
         if self._decoder is not None and self._decoder.takes(work):
             self.tokens_evaluated += len(work)
+            self.before()
             with torch.inference_mode():
                 return to_host(self._decoder.run(work))
         ids: list[int] = []
@@ -95,12 +97,13 @@ class Runner:
             self._threads.use(len(ids) if self._compiled is None else 1)
         with torch.inference_mode():
             if self._compiled is not None:
-                return self._compiled.run(ids, parts, rows, self._threads.all if self._threads else 1)
+                return self._compiled.run(ids, parts, rows, self._threads.all if self._threads else 1, self.before)
             spans = [
                 _Span(part.first, part.count, self.pool.table(part.blocks, part.start, part.start + part.count))
                 for part in parts
             ]
             positions = [at for part in parts for at in range(part.start, part.start + part.count)]
+            self.before()
             logits = self.model.forward(
                 torch.tensor(ids, device=self.device),
                 torch.tensor(positions, device=self.device),

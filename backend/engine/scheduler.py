@@ -90,7 +90,8 @@ class Scheduler:
         now = [request for request in self.running if not request.not_before or request.not_before <= request.clock()]
         tokens = dict.fromkeys((request for request in now if _left(request) == 1), 1)
         reading = [request for request in now if _left(request) > 1]
-        tokens |= self._pieces(reading, self._pacing.budget(len(tokens)) if self._pacing else self._prefill_tokens)
+        budget = self._pacing.budget(len(tokens), len(reading)) if self._pacing else self._prefill_tokens
+        tokens |= self._pieces(reading, budget)
         work: list[Work] = []
         for request in now:
             # Who gave its blocks to another a moment ago runs no longer.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from backend.kernels.cpu.draws import Cut
 from backend.params import STEPS, GenerationParams
 from backend.sampling import bends, cuts, penalties, samplers
 from backend.sampling.copies import Copies
@@ -66,7 +67,16 @@ def needs_history(params: GenerationParams) -> bool:
     )
 
 
-def steps(params: GenerationParams, history: History, uniform: Callable[[], float]) -> list[Step]:
+@dataclass(frozen=True)
+class Chain:
+    """All steps before a draw. The last ones may also be had as `cuts`, for `kernels.cpu.draws`; or there are none."""
+
+    steps: list[Step]
+    last: list[Step]
+    cuts: list[tuple[Cut, float]]
+
+
+def chain(params: GenerationParams, history: History, uniform: Callable[[], float]) -> Chain:
     """The steps that these parameters ask for, in order. `uniform`: the request's random stream, for XTC."""
     order = [*params.sampler_order, *(name for name in STEPS if name not in params.sampler_order)]
     if is_greedy(params):
@@ -74,7 +84,27 @@ def steps(params: GenerationParams, history: History, uniform: Callable[[], floa
     elif params.mirostat:
         order = [name for name in order if name in _BEFORE_MIROSTAT]
     made = {**_history_steps(params, history), **_row_steps(params, uniform)}
-    return [step for name in order for step in made[name]]
+    names = [name for name in order if made[name]]
+    first, cuts = _cuts(params, names)
+    before, last = ([step for name in part for step in made[name]] for part in (names[:first], names[first:]))
+    return Chain(before, last, cuts)
+
+
+def _cuts(params: GenerationParams, names: list[str]) -> tuple[int, list[tuple[Cut, float]]]:
+    """From which of these steps on the rest are cuts that one call does, and those cuts."""
+    if is_greedy(params):
+        return len(names), [("top_k", 1)]
+    values: dict[str, tuple[Cut, float]] = {
+        "top_k": ("top_k", params.top_k),
+        "top_p": ("top_p", params.top_p),
+        "min_p": ("min_p", float(torch.log(torch.tensor(params.min_p)))),
+        "temperature": ("temperature", max(params.temperature, samplers.COLDEST)),
+    }
+    first = names.index("top_k") if "top_k" in names else len(names)
+    rest = names[first:]
+    if not rest or params.mirostat or _is_dynamic(params) or any(name not in values for name in rest):
+        return len(names), []
+    return first, [values[name] for name in rest]
 
 
 def _history_steps(params: GenerationParams, history: History) -> dict[str, list[Step]]:

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from backend.errors import SamplingError
+from backend.kernels.cpu.draws import Draw
 from backend.params import GenerationParams
 from backend.sampling import samplers
 from backend.sampling.banned import BannedTexts
-from backend.sampling.chain import Row, is_greedy, needs_history, steps
+from backend.sampling.chain import Row, chain, is_greedy, needs_history
 from backend.sampling.history import History
 from backend.sampling.mirostat import Mirostat
 
@@ -75,14 +76,18 @@ class Sampler:
         end_ids: frozenset[int] = frozenset(),
         token_bytes: Callable[[int], bytes] | None = None,
         matcher: Matcher | None = None,
+        compiled: bool = True,
     ) -> None:
-        """`uniform`: the request's random stream, numbers in [0, 1). `token_bytes`: for DRY breakers, banned texts."""
+        """`uniform`: the request's random stream, numbers in [0, 1). `token_bytes`: for DRY breakers, banned texts.
+        compiled False: one torch operation after the other, the slow twin."""
         self._params, self._uniform, self._matcher = params, uniform, matcher
         self._greedy = is_greedy(params)
         breakers = params.dry_breakers if params.dry_multiplier else ()
         self._history = History(prompt if needs_history(params) else (), breakers, token_bytes)
         self._remembers = needs_history(params)
-        self._steps = steps(params, self._history, uniform)
+        made = chain(params, self._history, uniform)
+        self._drawing = Draw.of(made.cuts) if compiled else None
+        self._steps = made.steps if self._drawing is not None else made.steps + made.last
         miro = params.mirostat and not self._greedy
         self._mirostat = Mirostat(params.mirostat, params.mirostat_tau, params.mirostat_eta) if miro else None
         self._banned = (
@@ -123,7 +128,9 @@ class Sampler:
             self._refused.setdefault(self._taken, _Refused()).completed.add(token)
 
     def _draw(self, row: Row) -> tuple[int, int]:
-        if self._greedy:
+        if self._drawing is not None:
+            place = self._drawing(row.logits, 0.0 if self._greedy else self._uniform())
+        elif self._greedy:
             place = int(row.logits.argmax())
         else:
             logits = row.logits if self._mirostat is None else self._mirostat.cut(row.logits)

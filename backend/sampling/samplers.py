@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 NEVER = float("-inf")
+COLDEST = 1e-30  # what a temperature is at least
 
 
 def repetition_penalty(logits: torch.Tensor, used: torch.Tensor, penalty: float | torch.Tensor) -> torch.Tensor:
@@ -27,7 +28,7 @@ def without(logits: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
 def temperature(logits: torch.Tensor, value: float) -> torch.Tensor:
     """Divide by the temperature. 0 is the caller's business: it means argmax."""
     # From the likeliest down: a tiny temperature then sends the others to -inf, and never two to +inf (which is NaN).
-    return (logits - logits.max()) / max(value, 1e-30)
+    return (logits - logits.max()) / max(value, COLDEST)
 
 
 def top_k(logits: torch.Tensor, k: int) -> torch.Tensor:

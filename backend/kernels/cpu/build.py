@@ -34,6 +34,7 @@ MORE_FLAGS = {
     "quantise": ("-ffp-contract=off",),
     "step": ("-ffp-contract=fast",),
     "plain": ("-ffp-contract=fast",),
+    "draw": ("-ffp-contract=off",),
 }
 TIMEOUT_S = 180  # seconds of one compiler; on a free machine it takes three
 
@@ -91,7 +92,7 @@ def compiled(name: str, compiler: str, folder: Path, flags: Sequence[str] = ()) 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # waits only; the compilers are processes
             list(pool.map(_run, commands))
         made = Path(scratch) / target.name
-        _run([compiler, *options, "-shared", "-o", str(made), *objects])
+        _run([compiler, *options, "-shared", "-o", str(made), *objects, "-lm"])
         os.replace(made, target)
     return target
 

@@ -28,14 +28,50 @@ struct suri_input suri_input_in(void *memory, int64_t tokens, int64_t few, int64
     return (struct suri_input){tokens, few, columns, low, codes, (struct suri_group *)(codes + tokens * columns * 2)};
 }
 
-static void quantise(const float *from, int low, int8_t *codes, struct suri_group *group) {
-    /* The bits of |x| order like the numbers, with infinities and then NaN above all. */
+/* The largest size of 32 numbers, as bits: those order like the numbers, with infinities and then NaN above all. */
+INLINE uint32_t largest_bits(const float *from) {
+#if defined(__AVX512F__)
+    __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + 16), size = _mm512_set1_epi32(0x7fffffff);
+    return _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_and_si512(first, size), _mm512_and_si512(second, size)));
+#else
     uint32_t bits[GROUP], top = 0;
     memcpy(bits, from, sizeof bits);
     for (int j = 0; j < GROUP; j++) {
         uint32_t size = bits[j] & 0x7fffffff;
         top = size > top ? size : top;
     }
+    return top;
+#endif
+}
+
+/* 16 numbers, in steps -> whole numbers, nearest, ties to even, in high and low parts; returns their sum. */
+INLINE int32_t split(const float *from, float steps, int low, int8_t *highs, int8_t *lows) {
+#if defined(__AVX512F__)
+    __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(steps)));
+    __m128i by = _mm_cvtsi32_si128(low);
+    __m512i high = _mm512_sra_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(1 << (low - 1))), by);
+    _mm_storeu_si128((__m128i *)highs, _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128((__m128i *)lows, _mm512_cvtepi32_epi8(_mm512_sub_epi32(code, _mm512_sll_epi32(high, by))));
+    return _mm512_reduce_add_epi32(code);
+#else
+    int32_t sum = 0;
+    for (int j = 0; j < 16; j++) {
+        /* Added to 1.5 * 2^23, a number is rounded to a whole one in the lowest bits. */
+        float moved = from[j] * steps + 12582912.0f;
+        int32_t code;
+        memcpy(&code, &moved, 4);
+        code -= 0x4b400000;
+        sum += code;
+        int32_t high = (code + (1 << (low - 1))) >> low;
+        highs[j] = (int8_t)high;
+        lows[j] = (int8_t)(code - high * (1 << low));
+    }
+    return sum;
+#endif
+}
+
+static void quantise(const float *from, int low, int8_t *codes, struct suri_group *group) {
+    const uint32_t top = largest_bits(from);
     float largest;
     memcpy(&largest, &top, 4);
     if (top >= 0x7f800000 || largest < 1e-30f) {
@@ -47,23 +83,10 @@ static void quantise(const float *from, int low, int8_t *codes, struct suri_grou
         return;
     }
     const float most = (float)(127 << low), step = most / largest;
-    const int32_t half_low = 1 << (low - 1);
-    int32_t sums[2] = {0, 0};
-    for (int half = 0; half < 2; half++)
-        for (int j = 16 * half; j < 16 * half + 16; j++) {
-            /* Added to 1.5 * 2^23, a number is rounded to a whole one, ties to even, in the lowest bits. */
-            float moved = from[j] * step + 12582912.0f;
-            int32_t code;
-            memcpy(&code, &moved, 4);
-            code -= 0x4b400000;
-            sums[half] += code;
-            int32_t high = (code + half_low) >> low;
-            codes[j] = (int8_t)high;
-            codes[GROUP + j] = (int8_t)(code - high * (1 << low));
-        }
     group->scale = largest / most;
-    group->weighted = group->scale * (float)(sums[0] + sums[1]);
-    group->sums[0] = sums[0], group->sums[1] = sums[1];
+    for (int half = 0; half < 2; half++)
+        group->sums[half] = split(from + 16 * half, step, low, codes + 16 * half, codes + GROUP + 16 * half);
+    group->weighted = group->scale * (float)(group->sums[0] + group->sums[1]);
 }
 
 /* Rounded to the nearest bfloat16, ties to even; NaN stays NaN. */

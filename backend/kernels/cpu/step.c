@@ -6,7 +6,7 @@
 #include "attention.h"
 #include "wide.h"
 
-enum { TOKENS_AT_ONCE = 4 }; /* a thread takes so many of what is done token by token */
+enum { NUMBERS_AT_ONCE = 5000 }; /* of what is done token by token: less is not worth a second thread */
 
 struct suri_workspace {
     struct cut cut;
@@ -200,6 +200,8 @@ static void multiply(const struct run *run, const struct suri_stack *stack, cons
 
 /* the step --------------------------------------------------------------------------------------------------------- */
 
+INLINE int64_t tokens_at_once(int64_t columns) { return columns < NUMBERS_AT_ONCE ? NUMBERS_AT_ONCE / columns : 1; }
+
 static void run_phase(struct run *run, suri_work phase, int64_t tokens, int64_t few, const struct suri_stack *next,
                       void *memory) {
     const struct suri_tools *tools = &run->model->tools;
@@ -212,7 +214,7 @@ static void run_phase(struct run *run, suri_work phase, int64_t tokens, int64_t 
             run->rounded = 1;
         }
     run->input = tools->input_in(memory, tokens, few, next->columns, low);
-    tools->parallel(run->threads, tokens, TOKENS_AT_ONCE, phase, run);
+    tools->parallel(run->threads, tokens, tokens_at_once(next->columns), phase, run);
 }
 
 /* Tokens that are multiplied as whole numbers: those of the spans before the first long one. So what a reply's tokens
@@ -238,7 +240,7 @@ static void run_layer(struct run *run, void *memory) {
     run->norm = layer->attention_norm;
     run_phase(run, norm_tokens, tokens, few, &layer->qkv, memory);
     multiply(run, &layer->qkv, run->normed, tokens, run->heads);
-    m->tools.parallel(run->threads, tokens, TOKENS_AT_ONCE, place_tokens, run);
+    m->tools.parallel(run->threads, tokens, tokens_at_once(layer->qkv.rows), place_tokens, run);
     run->attention.keys = (const char *)m->keys + run->number * m->layer_bytes;
     run->attention.values = (const char *)m->values + run->number * m->layer_bytes;
     if (m->kind == KV_INT8) {
