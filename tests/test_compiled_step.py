@@ -188,6 +188,33 @@ def test_an_int8_cache_loses_nothing_that_is_not_finite(tiny_path: Callable[...,
     assert compiled.run([1, 2], [Tokens(0, 2, 0, [0])], [1], 1).isnan().any()
 
 
+@pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_step_may_be_set_aside_after_every_layer(tiny_path: Callable[..., Path], kv: torch.dtype) -> None:
+    """Another step between two of its layers changes nothing, to the bit, and every call does at least one layer."""
+    path = tiny_path(weights="Q8_0", n_layers=5)
+    prompt, other = [(7 * n) % 250 for n in range(70)], [(11 * n) % 250 for n in range(90)]
+    parts = [Tokens(0, 40, 0, [5, 2], prompt=True), Tokens(40, 30, 0, [9], prompt=True)]
+    _, _, compiled = loaded(path, kv)
+    expected = compiled.run(prompt, parts, [39, 69], threads=2)
+    after = compiled.run([3], [Tokens(0, 1, 40, [5, 2])], [0], threads=2)
+    beside = compiled.run(other, [Tokens(0, 90, 0, [7, 1, 3], prompt=True)], [89], threads=2)
+    _, _, compiled = loaded(path, kv)
+    going = compiled.begin(prompt, parts, [39, 69])
+    for layer in range(1, 5):
+        assert compiled.go_on(going, 2, seconds=0.0) is None
+        assert going.step.layer == layer
+        between = compiled.run(other, [Tokens(0, 90, 0, [7, 1, 3], prompt=True)], [89], threads=2)
+        assert torch.equal(between, beside)
+    found = compiled.go_on(going, 2, seconds=0.0)
+    assert found is not None
+    assert torch.equal(found, expected)
+    assert torch.equal(compiled.run([3], [Tokens(0, 1, 40, [5, 2])], [0], threads=2), after)
+    _, _, compiled = loaded(path, kv)
+    found = compiled.go_on(compiled.begin(prompt, parts, [39, 69]), 2, seconds=60.0)
+    assert found is not None, "all layers, where there is time"
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("start", [0, 900])
 def test_its_workspace_is_in_the_plan(tiny_path: Callable[..., Path], start: int) -> None:
     shape = {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "ffn_dim": 512, "context": 2048}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -77,6 +78,15 @@ class Reader:
         self.reason = reason
 
 
+@dataclass
+class Aside:
+    """A step that is computed in so many rounds."""
+
+    work: list[Work]
+    places: list[tuple[int, int, int]]
+    rounds: int
+
+
 class Memory:
     """Stands for the runner and the keys and values: each slot of the pool holds the token stored there."""
 
@@ -84,6 +94,7 @@ class Memory:
         self.slots: list[tuple[int, int] | None] = [None] * (n_blocks * BLOCK)  # (position, token)
         self.host: dict[int, list[tuple[int, int] | None]] = {}
         self.fail = self.poison = False
+        self.set_aside = self.given_up = 0  # pieces of prompts
         self._dice = dice
 
     def copy_blocks(self, moves: Sequence[Move]) -> None:
@@ -97,19 +108,30 @@ class Memory:
                 self.slots[move.block * BLOCK : (move.block + 1) * BLOCK] = self.host[move.slot]
 
     def run(self, work: Sequence[Work]) -> torch.Tensor:
+        result = self.go_on(Aside(list(work), self._places(work), 1), 0.0)
+        assert result is not None
+        return result
+
+    def begin(self, work: Sequence[Work]) -> Aside:
+        self.set_aside += 1
+        return Aside(list(work), self._places(work), self._dice.randrange(1, 9))
+
+    def go_on(self, going: Aside, seconds: float) -> torch.Tensor | None:
+        """Every time all of it is written, to where it was when it began, as some layers would be."""
+        work = going.work
         assert len({item.request for item in work}) == len(work) <= MAX_RUNNING
         if self.fail:
             self.fail = False
             raise RuntimeError("a step failed")
-        rows, written = [], set[int]()
+        for slot, place, token in going.places:
+            self.slots[slot] = (place, token)
+        going.rounds -= 1
+        if going.rounds:
+            return None
+        rows = []
         for item in work:
             request, start = item.request, item.request.computed
             ids = [*request.ids[start : start + item.tokens], *item.drafts]
-            places = [self._slot(request, start + place) for place in range(len(ids))]
-            expect(not written & set(places), "two sequences write to one place")
-            written.update(places)
-            for place, (slot, token) in enumerate(zip(places, ids, strict=True)):
-                self.slots[slot] = (start + place, token)
             for place in range(len(ids) - item.logit_rows, len(ids)):
                 rows.append(logits_after(self._read(request, start + place + 1)))
         result = torch.stack(rows) if rows else torch.empty(0, VOCABULARY)
@@ -117,6 +139,16 @@ class Memory:
             self.poison = False
             result[self._dice.randrange(len(result))] = float("nan")
         return result
+
+    def _places(self, work: Sequence[Work]) -> list[tuple[int, int, int]]:
+        """(slot, place in the sequence, token) of all that is evaluated."""
+        found = []
+        for item in work:
+            request, start = item.request, item.request.computed
+            ids = [*request.ids[start : start + item.tokens], *item.drafts]
+            found += [(self._slot(request, start + n), start + n, token) for n, token in enumerate(ids)]
+        expect(len({slot for slot, _, _ in found}) == len(found), "two sequences write to one place")
+        return found
 
     def _slot(self, request: Request, place: int) -> int:
         assert request.lease is not None
@@ -178,7 +210,8 @@ class Schedule:
         self.memory = Memory(self.pool.n_blocks, dice)
         speculation = Speculation(Cheap()) if seed % 3 else None
         budget = dice.choice([5, 16, 64])
-        self.engine = Engine(self.memory, self.pool, lambda _: None, budget, speculation)  # type: ignore[arg-type]
+        apart = dice.random() < 0.5
+        self.engine = Engine(self.memory, self.pool, lambda _: None, budget, speculation, apart=apart)  # type: ignore[arg-type]
         self.requests: list[Request] = []
         self.sick = False  # steps fail in this one
         self.documents = [[dice.randrange(1, VOCABULARY) for _ in range(30)] for _ in range(2)]
@@ -200,7 +233,10 @@ class Schedule:
 
     def step(self) -> None:
         cancelled = [request for request in self.requests if request.cancelled]
+        piece = self.engine._piece
         self.engine.step()
+        if piece is not None and piece is not self.engine._piece and piece._going.rounds:
+            self.memory.given_up += 1
         for request in cancelled:
             assert request.lease is None, "a stopped reply has given its blocks back within one step"
             assert request.phase == "done"
@@ -254,7 +290,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.mark.parametrize("part", range(4))
 def test_random_schedules_say_what_each_says_alone_and_lose_no_block(part: int) -> None:
-    preemptions = found = accepted = restored = rewound = 0
+    preemptions = found = accepted = restored = rewound = set_aside = given_up = 0
     for seed in range(part * SCHEDULES // 4, (part + 1) * SCHEDULES // 4):
         schedule = Schedule(seed)
         try:
@@ -265,5 +301,8 @@ def test_random_schedules_say_what_each_says_alone_and_lose_no_block(part: int) 
         accepted += schedule.engine.counts.accepted
         found += sum(request.cached for request in schedule.requests)
         restored += schedule.pool.counts.restored
+        set_aside += schedule.memory.set_aside
+        given_up += schedule.memory.given_up
         rewound += sum(bool(request.params.banned_strings) for request in schedule.requests)
-    assert min(preemptions, found, accepted, restored, rewound) > 20, "each of these has happened often"
+    often = preemptions, found, accepted, restored, rewound, set_aside
+    assert min(*often, 2 * given_up) > 20, "each of these has happened often"

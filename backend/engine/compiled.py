@@ -12,6 +12,7 @@ resident must give the same bits, and many tokens at once are torch's strength.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,15 @@ class Tokens:
     start: int
     blocks: Sequence[int]  # of the whole sequence so far
     prompt: bool = False  # read, not written: numbers may depend, by rounding, on how many come at once
+
+
+@dataclass
+class Going:
+    """A step on its way through the layers, with all that its description points to."""
+
+    step: steps.Step
+    logits: torch.Tensor  # float32 (rows, vocabulary), of the wanted rows; valid when it is done
+    kept: tuple[object, ...]
 
 
 class CompiledStep:
@@ -112,6 +122,12 @@ class CompiledStep:
     ) -> torch.Tensor:
         """Evaluate the tokens `ids` of all parts, and store their keys and values. Returns logits, float32 (rows,
         vocabulary), of the tokens ids[rows]. `before` is called when Python has nothing more to do."""
+        logits = self.go_on(self.begin(ids, parts, rows), threads, before=before)
+        assert logits is not None
+        return logits
+
+    def begin(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int]) -> Going:
+        """The same, to be computed by `go_on`."""
         model = self._model
         x = model.embedding(torch.tensor(ids)).contiguous()
         positions = torch.tensor([at for part in parts for at in range(part.start, part.start + part.count)])
@@ -126,12 +142,31 @@ class CompiledStep:
         wanted = torch.tensor(rows, dtype=torch.int64)
         logits = torch.empty(len(rows), self._described.output.rows)
         step = steps.Step(
-            len(ids), len(parts), len(rows), x.data_ptr(), turns.data_ptr(), spans, wanted.data_ptr(), logits.data_ptr()
+            len(ids),
+            len(parts),
+            len(rows),
+            x.data_ptr(),
+            turns.data_ptr(),
+            spans,
+            wanted.data_ptr(),
+            logits.data_ptr(),
+            0,
         )
+        return Going(step, logits, (x, turns, tables, spans, wanted))
+
+    def go_on(
+        self,
+        going: Going,
+        threads: int,
+        seconds: float = math.inf,
+        before: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor | None:
+        """As many layers as fit into so many seconds, at least one. Returns the logits when the last one is done."""
         before()
-        if self._library.suri_run_step(self._described, step, self._workspace, threads):
-            raise MemoryError(f"a step of {len(ids)} tokens found no memory for its intermediate values")
-        return logits
+        left = self._library.suri_run_step(self._described, going.step, self._workspace, threads, seconds)
+        if left < 0:
+            raise MemoryError(f"a step of {going.step.tokens} tokens found no memory for its intermediate values")
+        return None if left else going.logits
 
     def workspace_bytes(self) -> int:
         """Memory it keeps between steps: it grows with the largest step so far."""

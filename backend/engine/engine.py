@@ -13,6 +13,7 @@ from backend.cache.blocks import BlockPool
 from backend.engine.pacing import Pacing
 from backend.engine.pairs import Pairs
 from backend.engine.prompt_scores import score_prompt
+from backend.engine.reading import Piece
 from backend.engine.request import Request, middle
 from backend.engine.runner import Runner
 from backend.engine.scheduler import PREFILL_TOKENS, Scheduler, Work
@@ -21,6 +22,7 @@ from backend.engine.speculation import Counts, Speculation
 from backend.errors import EngineError, NumericalError, UserError
 from backend.events import FinishReason
 from backend.kernels.cpu.draws import finite_rows
+from backend.memory import is_allocation_failure
 from backend.metrics import Records
 from backend.sampling.chain import log_probability, top_log_probabilities
 from backend.sampling.guidance import guided
@@ -60,9 +62,12 @@ class Engine:
         prefill_tokens: int = PREFILL_TOKENS,
         speculation: Speculation | None = None,
         least_tokens: int | None = None,
+        *,
+        apart: bool = False,
     ) -> None:
         """`prefill_tokens`: of prompts in one step, at most; `least_tokens`: see Pacing. `speculation` None: one token
-        a step for every sequence."""
+        a step for every sequence. `apart`: the runner can set a step aside, so prompts are read a few layers at a time
+        while replies are being written."""
         self.runner, self.blocks, self._sleep = runner, blocks, sleep
         self.scheduler = Scheduler(blocks, prefill_tokens, Pacing(prefill_tokens, least_tokens))
         self._speculation = speculation
@@ -71,6 +76,9 @@ class Engine:
         self.resting: Callable[[], None] = lambda: None  # called when there is nothing to compute for a moment
         self._drawing: dict[Request, _Drawing] = {}
         self._pairs = Pairs()
+        self._apart = apart
+        self._piece: Piece | None = None
+        self._read_before = False  # whether the last step has also read
 
     @property
     def idle(self) -> bool:
@@ -84,26 +92,67 @@ class Engine:
         begin = time.perf_counter()
         self._drop_cancelled()
         try:
-            work = self.scheduler.schedule()
+            work = self.scheduler.schedule(apart=self._apart, reading=self._piece is not None)
             if self._speculation is not None:
                 work = self._speculation.add_drafts(work, self.scheduler.room)
             self.runner.copy_blocks(self.blocks.take_moves())
             if not work:
-                self.resting()
-                self._rest()
+                if self._piece is None:
+                    self.resting()
+                    self._rest()
+                else:
+                    self._read_on(0, 0.0)
                 return
             started = time.perf_counter()
             work, logits = run_step(self.runner.run, work, self._end)
             if not work:
                 return
-            finite = finite_rows(logits)
             computed = time.perf_counter()
+            writing = self._take_step(work, logits, begin, started, computed)
+            if self._apart and writing:
+                self._read_on(writing, time.perf_counter() - begin)
         except Exception as error:  # whatever it is, the readers must hear of it and the next request must work
             log.exception("the engine failed in a step")
             self._fail_all(error)
-            return
+
+    def _take_step(self, work: list[Work], logits: torch.Tensor, begin: float, started: float, computed: float) -> int:
+        """Draw, and learn from how long it took. Returns how many sequences of it write."""
         share = self._speculation.observe(work, computed - started) if self._speculation is not None else 1.0
-        row, drawn = 0, self.counts.drawn
+        drawn, writing = self.counts.drawn, sum(1 for item in work if item.tokens == 1)
+        self._drawn(work, logits)
+        ended = time.perf_counter()
+        if self._speculation is not None and self.counts.drawn > drawn:
+            self._speculation.observe_draws(self.counts.drawn - drawn, ended - computed)
+        if not self._read_before:  # after a prompt has had the caches a step takes longer
+            self.scheduler.measured(work, (ended - begin) * share)
+        return writing
+
+    def _read_on(self, writing: int, spent: float) -> None:
+        """Read prompts for as long as so many writers may wait, who have waited for `spent` seconds."""
+        piece = self._piece
+        if piece is not None and not piece.valid(self.scheduler.running):
+            piece = self._piece = None
+        if piece is None:
+            work = self.scheduler.piece() if writing else []
+            self.runner.copy_blocks(self.blocks.take_moves())
+            self._read_before = bool(work)
+            if not work:
+                return
+        try:
+            piece = self._piece = piece or Piece(self.runner, work)
+            work, logits = piece.work, piece.go_on(self.scheduler.spare_seconds(writing, spent))
+        except Exception as error:
+            if not is_allocation_failure(error):
+                raise
+            work = piece.work if piece is not None else work
+            work, logits = run_step(self.runner.run, work, self._end)
+        if logits is not None:
+            self._piece = None
+            self._drawn(work, logits)
+
+    def _drawn(self, work: list[Work], logits: torch.Tensor) -> None:
+        """The step has computed this work: draw what follows."""
+        row, finite = 0, finite_rows(logits)
         for item in work:
             first, row = row, row + item.logit_rows
             drawn_from = slice(row - 1 - len(item.drafts), row) if item.draws else None
@@ -113,10 +162,6 @@ class Engine:
                 continue
             if drawn_from is not None and item.request.phase != "done":
                 self._draw(item, logits[drawn_from], finite[drawn_from])
-        ended = time.perf_counter()
-        if self._speculation is not None and self.counts.drawn > drawn:
-            self._speculation.observe_draws(self.counts.drawn - drawn, ended - computed)
-        self.scheduler.measured(work, (ended - begin) * share)
 
     def _end(self, request: Request, error: Exception) -> None:
         self._finish(request, "error", error, keep=False)
@@ -278,6 +323,7 @@ class Engine:
                 self._finish(request, "cancelled")
 
     def _fail_all(self, cause: Exception) -> None:
+        self._piece = None
         error = EngineError(f"the engine failed ({type(cause).__name__}); the next request starts afresh")
         for request in list(self.scheduler.running):
             self._finish(request, "error", error, keep=False)

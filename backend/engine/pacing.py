@@ -63,8 +63,7 @@ class Pacing:
         alone = self._alone(writing)
         if alone is None:
             return 0
-        fitting = (MOST - 1) * alone
-        fitting = max(fitting, min(fitting * reading / writing, BRIEF))
+        fitting = self.seconds(writing, reading)
         known = {place: median(found[0]) for place in range(len(SIZES)) if (found := self._known(place))}
         guess = self._guess(fitting)
         if not known:
@@ -78,6 +77,15 @@ class Pacing:
         elif best + 1 < len(SIZES) and best + 1 not in known:
             best = max(best + 1, guess) if guess > max(known) else best + 1
         return min(self._most, SIZES[best])
+
+    def seconds(self, writing: int, reading: int = 1, spent: float | None = None) -> float:
+        """How long a step may read in which so many sequences write: that of `budget`, in seconds. `spent`: what the
+        step has taken so far; without it, what one takes that only writes."""
+        if not writing:
+            return LONGEST
+        alone = self._alone(writing) or 0.0
+        fitting = (MOST - 1) * alone
+        return max(fitting, min(fitting * reading / writing, BRIEF)) + alone - (alone if spent is None else spent)
 
     def _guess(self, seconds: float) -> int:
         """Place in SIZES of a piece that should not take longer, by what steps took that only read."""

@@ -8,7 +8,7 @@ import torch
 
 from backend.cache.blocks import Move
 from backend.cache.kv import KVPool, SequenceSlots
-from backend.engine.compiled import CompiledStep, Tokens
+from backend.engine.compiled import CompiledStep, Going, Tokens
 from backend.engine.gpu import decoder, enter, on_device, to_host
 from backend.engine.scheduler import Work
 from backend.engine.threads import Threads
@@ -64,6 +64,27 @@ class Runner:
             self.before()
             with torch.inference_mode():
                 return to_host(self._decoder.run(work))
+        return self._logits(*self._flat(work))
+
+    def begin(self, work: Sequence[Work]) -> Going:
+        """A step to be computed a few layers at a time. Only where it is `in_one_call`."""
+        assert self._compiled is not None
+        self.steps += 1
+        if self._threads is not None:
+            self._threads.use(1)
+        with torch.inference_mode():
+            return self._compiled.begin(*self._flat(work))
+
+    def go_on(self, going: Going, seconds: float) -> torch.Tensor | None:
+        """As many of its layers as fit into so many seconds, at least one. Returns what `run` does when all are done.
+
+        The blocks of the step's sequences must stay theirs until then.
+        """
+        assert self._compiled is not None
+        return self._compiled.go_on(going, self._threads.all if self._threads else 1, seconds, self.before)
+
+    def _flat(self, work: Sequence[Work]) -> tuple[list[int], list[Tokens], list[int]]:
+        """The tokens of a step, whose they are, and which of them give logits."""
         ids: list[int] = []
         rows: list[int] = []
         parts: list[Tokens] = []
@@ -80,7 +101,7 @@ class Runner:
             ids += item.drafts
             rows += range(len(ids) - item.logit_rows, len(ids))
         self.tokens_evaluated += len(ids)
-        return self._logits(ids, parts, rows)
+        return ids, parts, rows
 
     def score(self, ids: Sequence[int], start: int, blocks: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         """Evaluate `ids`, the tokens from `start` on of a sequence in these blocks, for whoever measures a model.

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 
 from backend.cache.blocks import BlockPool, Lease
 from backend.engine.fairness import Served, shares
@@ -83,15 +84,35 @@ class Scheduler:
         self.waiting.append(request)
         self._number_waiting()
 
-    def schedule(self) -> list[Work]:
+    def schedule(self, *, apart: bool = False, reading: bool = False) -> list[Work]:
         """Admit who fits and divide the step. In the result are only requests whose blocks are reserved, fewest tokens
-        first."""
+        first. `apart`: those who write and those who read are not in one step, since prompts are read by `piece` while
+        somebody writes; `reading`: such a piece is on its way, so nobody else reads."""
         self._admit()
         now = [request for request in self.running if not request.not_before or request.not_before <= request.clock()]
         tokens = dict.fromkeys((request for request in now if _left(request) == 1), 1)
-        reading = [request for request in now if _left(request) > 1]
-        budget = self._pacing.budget(len(tokens), len(reading)) if self._pacing else self._prefill_tokens
-        tokens |= self._pieces(reading, budget)
+        readers = [request for request in now if _left(request) > 1]
+        if not apart or (not tokens and not reading):
+            budget = self._pacing.budget(len(tokens), len(readers)) if self._pacing else self._prefill_tokens
+            tokens |= self._pieces(readers, budget)
+        return self._reserved(now, tokens)
+
+    def piece(self) -> list[Work]:
+        """What is to be read next of prompts, apart from who writes."""
+        readers = self.readers
+        return self._reserved(readers, self._pieces(readers, min(self._prefill_tokens, PREFILL_TOKENS)))
+
+    @property
+    def readers(self) -> list[Request]:
+        """Who runs and has its prompt before it."""
+        return [request for request in self.running if _left(request) > 1]
+
+    def spare_seconds(self, writing: int, spent: float) -> float:
+        """How much longer a step may read in which so many sequences write and that has taken `spent` so far."""
+        return self._pacing.seconds(writing, len(self.readers), spent) if self._pacing else inf
+
+    def _reserved(self, now: list[Request], tokens: dict[Request, int]) -> list[Work]:
+        """The work of those of `now` that find blocks for their tokens."""
         work: list[Work] = []
         for request in now:
             # Who gave its blocks to another a moment ago runs no longer.

@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "attention.h"
 #include "wide.h"
@@ -261,8 +262,19 @@ static void run_layer(struct run *run, void *memory) {
 /* Room for all arrays of a step, one after the other, each at a multiple of 64 bytes. */
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-int suri_run_step(const struct suri_model *m, const struct suri_step *step, struct suri_workspace *workspace,
-                  int threads) {
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+/* The residual stream has everything: the next call knows of nothing else. */
+static void settle(const struct run *run) {
+    for (int64_t i = 0; run->add && i < run->step->tokens * run->model->dim; i++) run->step->x[i] += run->change[i];
+}
+
+int suri_run_step(const struct suri_model *m, struct suri_step *step, struct suri_workspace *workspace, int threads,
+                  double seconds) {
     int64_t tokens = step->tokens, inner = m->heads * m->head_dim, widest = inner > m->ffn_dim ? inner : m->ffn_dim;
     if (m->dim > widest) widest = m->dim;
     const int64_t sizes[] = {
@@ -292,7 +304,18 @@ int suri_run_step(const struct suri_model *m, const struct suri_step *step, stru
         .cut = &workspace->cut,
     };
     if (!plan_cut(&run.attention, step->spans, threads)) return -1;
-    for (run.number = 0; run.number < m->layers; run.number++) run_layer(&run, at[5]);
+    const double begin = now();
+    double last = 0, time = begin; /* of the last layer; when it ended */
+    for (int64_t first = step->layer; step->layer < m->layers; step->layer++) {
+        if (step->layer > first && time - begin + last > seconds) {
+            settle(&run);
+            return 1;
+        }
+        run.number = step->layer;
+        run_layer(&run, at[5]);
+        double ended = now();
+        last = ended - time, time = ended;
+    }
     run.norm = m->norm;
     run.row = step->row;
     run_phase(&run, norm_tokens, step->rows, few_rows(step, few_tokens(m, step)), &m->output, at[5]);

@@ -70,6 +70,7 @@ struct suri_step {
     const struct suri_span *span;
     const int64_t *row;            /* (rows,): which tokens' logits are wanted */
     float *logits;                 /* (rows, output rows) */
+    int64_t layer;                 /* that comes next: 0 to begin with */
 };
 
 /* Memory between steps: it grows with the largest step. */
@@ -77,7 +78,9 @@ struct suri_workspace *suri_workspace_new(void);
 void suri_workspace_free(struct suri_workspace *workspace);
 int64_t suri_workspace_bytes(const struct suri_workspace *workspace);
 
-/* 0, or -1 where there is no memory; then nothing was computed that counts. */
-int suri_run_step(const struct suri_model *model, const struct suri_step *step, struct suri_workspace *workspace,
-                  int threads);
+/* As many layers as fit into so many seconds, by what the last one took; at least one. 0: the step is done; 1: it is to
+ * be called again; -1: there is no memory, and nothing was computed. What the step points to must stay as it is between
+ * calls; others may run meanwhile. */
+int suri_run_step(const struct suri_model *model, struct suri_step *step, struct suri_workspace *workspace, int threads,
+                  double seconds);
 #endif

@@ -55,7 +55,7 @@ class Span(ctypes.Structure):
 class Step(ctypes.Structure):
     _fields_ = [
         ("tokens", _INT), ("spans", _INT), ("rows", _INT), ("x", _ADDRESS), ("turns", _ADDRESS),
-        ("span", ctypes.POINTER(Span)), ("row", _ADDRESS), ("logits", _ADDRESS),
+        ("span", ctypes.POINTER(Span)), ("row", _ADDRESS), ("logits", _ADDRESS), ("layer", _INT),
     ]  # fmt: skip
 
 
@@ -71,7 +71,9 @@ def step_library() -> ctypes.CDLL | None:
         compiled.suri_workspace_bytes.restype = _INT
         compiled.suri_workspace_bytes.argtypes = (_ADDRESS,)
         compiled.suri_run_step.restype = ctypes.c_int
-        compiled.suri_run_step.argtypes = (ctypes.POINTER(Model), ctypes.POINTER(Step), _ADDRESS, ctypes.c_int)
+        compiled.suri_run_step.argtypes = (
+            ctypes.POINTER(Model), ctypes.POINTER(Step), _ADDRESS, ctypes.c_int, ctypes.c_double
+        )  # fmt: skip
     return compiled
 
 

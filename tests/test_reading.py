@@ -1,0 +1,94 @@
+"""A long prompt beside a running reply: read a few layers at a time, so that the reply goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from backend.engine import pacing
+from backend.params import GenerationParams
+from backend.runtime import Runtime
+from tests.real import read, starter
+
+LONG = [(7919 * place) % 40000 + 1000 for place in range(1200)]
+SHORT = [(104729 * place) % 40000 + 1000 for place in range(40)]
+TALK = GenerationParams(max_tokens=400, ignore_eos=True, temperature=1.0, seed=3)
+ANSWER = GenerationParams(max_tokens=5, ignore_eos=True, temperature=1.0, seed=4)
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    runtime = starter("original")
+    if not runtime.runner.in_one_call:
+        pytest.skip("not run: there is no C compiler")
+    described = runtime.runner._compiled._described  # type: ignore[union-attr]
+    monkeypatch.setattr(runtime._engine, "_speculation", None)
+    described.uniform = 1
+    yield runtime
+    described.uniform = 0
+
+
+@pytest.fixture
+def done(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the engine does, in order: `step`, `layers` of a piece, or its `end`."""
+    found: list[str] = []
+    run, go_on = runtime.runner.run, runtime.runner.go_on
+
+    def noted_run(work):  # type: ignore[no-untyped-def]
+        found.append("step")
+        return run(work)
+
+    def noted_go_on(going, seconds):  # type: ignore[no-untyped-def]
+        logits = go_on(going, seconds)
+        found.append("layers" if logits is None else "end")
+        return logits
+
+    monkeypatch.setattr(runtime.runner, "run", noted_run)
+    monkeypatch.setattr(runtime.runner, "go_on", noted_go_on)
+    return found
+
+
+def test_a_reply_goes_on_while_a_long_prompt_is_read(runtime: Runtime, done: list[str]) -> None:
+    alone = [read(runtime.start(ids, params, use_cache=False))[1] for ids, params in ((SHORT, TALK), (LONG, ANSWER))]
+    assert set(done) == {"step"}, "where nobody else writes a prompt is read at once"
+    done.clear()
+    talk = runtime.start(SHORT, TALK, use_cache=False)
+    while talk.stats.completion_tokens < 20:
+        time.sleep(0.001)
+    answer = runtime.start(LONG, ANSWER, use_cache=False)
+    both = [read(answer)[1], read(talk)[1]]
+    assert both == alone[::-1]
+    assert done.count("end") == -(-len(LONG) // 128)
+    assert done.count("layers") > done.count("end"), "pieces are set aside"
+    pairs = list(zip(done, done[1:], strict=False))
+    assert not [pair for pair in pairs if "step" not in pair], "after some layers of a piece every reply has its token"
+
+
+def test_who_stops_while_a_prompt_is_read_takes_nobody_along(runtime: Runtime, done: list[str]) -> None:
+    expected = read(runtime.start(SHORT, TALK, use_cache=False))[1]
+    answer_alone = read(runtime.start(LONG[:300], ANSWER, use_cache=False))[1]
+    talk = runtime.start(SHORT, TALK, use_cache=False)
+    while talk.stats.completion_tokens < 20:
+        time.sleep(0.001)
+    stopped, answer = (runtime.start(ids, ANSWER, use_cache=False) for ids in (LONG, LONG[:300]))
+    while "layers" not in done[-50:]:
+        time.sleep(0.001)
+    stopped.stop()
+    assert read(stopped)[2].finish_reason == "cancelled"
+    assert read(answer)[1] == answer_alone
+    assert read(talk)[1] == expected
+    assert runtime.blocks.in_use == 0
+    assert runtime._engine._piece is None
+
+
+def test_seconds_that_a_step_may_read() -> None:
+    pace = pacing.Pacing(128)
+    assert pace.seconds(0) == pacing.LONGEST
+    pace.record(2, 0, 0.010)
+    assert pace.seconds(2) == pytest.approx(0.020)
+    assert pace.seconds(2, 1, spent=0.015) == pytest.approx(0.015), "what took longer leaves less"
+    assert pace.seconds(2, 6, spent=0.010) == pytest.approx(0.060)
+    assert pace.seconds(2, 100, spent=0.010) == pytest.approx(pacing.BRIEF)
+    assert pace.seconds(2, 1, spent=1.0) < 0, "then one layer is read all the same"
