@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from backend.calibration import bandwidth
+from backend.kernels.cpu.products import jobs, tiles_library
 from backend.models import ModelFolder
 from backend.params import GenerationParams
 from backend.presets import PresetFolder
@@ -105,8 +106,25 @@ def _compare(label: str, path: Path, tasks: tuple[Task, ...], peer: Peer, thread
             if number:
                 found[task].append(speeds)
     read, weights = statistics.median(reading), runtime.bytes_per_token
+    rows = [_row(label, task, found[task], read, weights) for task in tasks]
+    counts = _counts(runtime, ids[:50])
+    print(f"{label:18} a token: {', '.join(f'{count:.0f} {name}' for name, count in counts.items())}", flush=True)
     runtime.close(drain=False)
-    return [_row(label, task, found[task], read, weights) for task in tasks]
+    return [row | {"a_token": counts} for row in rows]
+
+
+def _counts(runtime: Runtime, ids: list[int], tokens: int = 50) -> dict[str, float]:
+    """What one token of a reply takes: calls of compiled code, jobs in them, and barriers between threads."""
+
+    def counted(reply: int) -> tuple[int, ...]:
+        compiled = tiles_library()
+        assert compiled is not None
+        before = (runtime.runner.steps, *jobs(compiled))
+        _ours(runtime, ids, reply)
+        return tuple(now - then for now, then in zip((runtime.runner.steps, *jobs(compiled)), before, strict=True))
+
+    each = [(many - one) / tokens for many, one in zip(counted(tokens + 1), counted(1), strict=True)]
+    return dict(zip(("compiled calls", "jobs", "barriers"), each, strict=True))
 
 
 def _row(label: str, task: Task, found: list[tuple[float, float]], read: float, weights: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections import deque
 from statistics import median
 
-MOST = 3.0  # a step that writes and reads, in steps that only write
+MOST = 2.5  # a step that writes and reads, in steps that only write
 BRIEF = 0.1  # seconds: a gap in a reply that is as good as none, once
 LONGEST = 0.5  # seconds of a step that only reads
 WORSE = 2.0  # a token beside replies, in tokens of a step that only reads: what a first piece is guessed to take

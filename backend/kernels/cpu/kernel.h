@@ -16,15 +16,16 @@ enum { TURNED_BYTES = 8 << 10, FAR = 20 << 10, NEAR = 3 << 10 };
 
 /* Columns 4 * from .. 4 * to of a group: whole numbers, exact, below 2^28. */
 INLINE lanes dot(struct shape shape, int low, const struct group *group, const int8_t *x, int32_t sum, int from, int to) {
-    /* Two chains, so that one need not wait for the other. */
-    lanes one = all(0), other = all(0);
+    /* Four chains, so that none need wait for another. */
+    lanes high[2] = {all(0), all(0)}, rest[2] = {all(0), all(0)};
 #define DOT(sum, u, at) \
     (shape.codes_signed ? dot_signed(sum, group->codes[u], word_at(at)) : dot_codes(sum, group->codes[u], word_at(at)))
     for (int u = from; u < to; u++) {
-        one = DOT(one, u, x + 4 * u);
-        other = DOT(other, u, x + GROUP + 4 * u);
+        high[u & 1] = DOT(high[u & 1], u, x + 4 * u);
+        rest[u & 1] = DOT(rest[u & 1], u, x + GROUP + 4 * u);
     }
 #undef DOT
+    lanes one = plus(high[0], high[1]), other = plus(rest[0], rest[1]);
     return plus(plus(left(one, low), other), all(-(shape.codes_signed ? SIGNED_OFFSET : shape.offset) * sum));
 }
 

@@ -22,6 +22,13 @@ static struct {
     _Atomic int64_t next;
 } pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, 0, ATOMIC_FLAG_INIT, 0, 0, 0, 0, 0, 0};
 
+static _Atomic uint64_t all_jobs, shared_jobs;
+
+void suri_jobs(uint64_t *all, uint64_t *shared) {
+    *all = atomic_load(&all_jobs);
+    *shared = atomic_load(&shared_jobs);
+}
+
 static inline void rest(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
@@ -96,11 +103,13 @@ static int start(int wanted) {
 
 void suri_parallel(int threads, int64_t count, int64_t chunk, suri_work work, const void *argument) {
     int64_t pieces = (count + chunk - 1) / chunk;
+    atomic_fetch_add_explicit(&all_jobs, 1, memory_order_relaxed);
     if (threads > pieces) threads = (int)pieces;
     if (threads <= 1 || atomic_flag_test_and_set(&pool.busy)) {
         if (count > 0) work(argument, 0, count);
         return;
     }
+    atomic_fetch_add_explicit(&shared_jobs, 1, memory_order_relaxed);
     pool.helpers = start(threads - 1);
     pool.work = work, pool.argument = argument, pool.count = count, pool.chunk = chunk;
     atomic_store(&pool.next, 0);

@@ -30,7 +30,7 @@ struct suri_input suri_input_in(void *memory, int64_t tokens, int64_t few, int64
 
 /* The largest size of 32 numbers, as bits: those order like the numbers, with infinities and then NaN above all. */
 INLINE uint32_t largest_bits(const float *from) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(SURI_PORTABLE)
     __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + 16), size = _mm512_set1_epi32(0x7fffffff);
     return _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_and_si512(first, size), _mm512_and_si512(second, size)));
 #else
@@ -46,7 +46,7 @@ INLINE uint32_t largest_bits(const float *from) {
 
 /* 16 numbers, in steps -> whole numbers, nearest, ties to even, in high and low parts; returns their sum. */
 INLINE int32_t split(const float *from, float steps, int low, int8_t *highs, int8_t *lows) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(SURI_PORTABLE)
     __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(steps)));
     __m128i by = _mm_cvtsi32_si128(low);
     __m512i high = _mm512_sra_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(1 << (low - 1))), by);

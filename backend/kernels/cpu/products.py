@@ -41,7 +41,15 @@ def with_types(compiled: ctypes.CDLL) -> ctypes.CDLL:
         function.argtypes, function.restype = kinds, _INT if name == "suri_product" else None
     compiled.suri_vectors.restype = ctypes.c_char_p
     compiled.suri_matrix.restype = _INT
+    compiled.suri_jobs.argtypes, compiled.suri_jobs.restype = (_POINTER, _POINTER), None
     return compiled
+
+
+def jobs(compiled: ctypes.CDLL) -> tuple[int, int]:
+    """What compiled code has done since it was loaded: jobs, and of these such that several threads share: barriers."""
+    found = (ctypes.c_uint64 * 2)()
+    compiled.suri_jobs(ctypes.addressof(found), ctypes.addressof(found) + 8)
+    return found[0], found[1]
 
 
 def retile(compiled: ctypes.CDLL, raws: Sequence[torch.Tensor], fmt: BlockFormat) -> torch.Tensor:
