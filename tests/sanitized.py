@@ -16,7 +16,7 @@ from backend.checkpoint.open import open_checkpoint
 from backend.engine.compiled import CompiledStep, Tokens
 from backend.kernels.cpu import build, steps
 from backend.kernels.cpu.draws import Draw, finite_rows
-from backend.kernels.cpu.products import product, product_in_rows, retile, tiles_library, values
+from backend.kernels.cpu.products import looked_up, product, product_in_rows, retile, tiles_library, values
 from backend.placement.load import load_model
 from backend.weights.blocks import BlockFormat
 from backend.weights.tiles import FIELDS
@@ -39,6 +39,8 @@ def products(fmt: BlockFormat, variant: str) -> None:
             expected = x.double() @ weight.double().T
             # Rounding of activations, or of both factors to bfloat16: loose, since other tests look closely.
             bound = 0.01 * (x.abs().double() @ weight.abs().double().T)
+            ids = torch.arange(rows, dtype=torch.int64)
+            assert torch.equal(looked_up(library, tiles, fmt, columns, ids), weight)
             for found in (product(library, tiles, fmt, rows, columns, x), product_in_rows(library, [raw], fmt, x)):
                 assert ((found - expected).abs() <= bound).all(), (fmt.name, rows, columns, tokens, variant)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gguf
@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from backend.checkpoint.open import open_checkpoint
 from backend.kernels.cpu import build
 from backend.kernels.cpu.products import product, product_in_rows, retile, tiles_library, values, with_types
+from backend.placement.load import load_model
 from backend.weights.blocks import IQ4_NL, IQ4_XS, Q2_K, Q4_0, Q4_K, Q5_0, Q6_K, Q8_0, BlockFormat
 from backend.weights.decode import dequantize
-from backend.weights.tiled import TiledLinear, blocks_of_tiles, multiplies_rightly, tiles_of_blocks
+from backend.weights.linear import BlockEmbedding
+from backend.weights.tiled import TiledEmbedding, TiledLinear, blocks_of_tiles, multiplies_rightly, tiles_of_blocks
 from backend.weights.tiles import FIELDS, is_tiled, tiled_bytes
 
 FORMATS = tuple(FIELDS)
@@ -302,3 +305,30 @@ def test_code_for_other_processors(fmt: BlockFormat, variant: ctypes.CDLL) -> No
 
 def test_every_format_was_checked_on_first_use() -> None:
     assert all(multiplies_rightly(fmt) for fmt in FORMATS)
+
+
+# the table of a tied model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FIELDS, ids=lambda fmt: fmt.name)
+def test_rows_looked_up_in_tiles_are_those_of_the_file(fmt: BlockFormat) -> None:
+    raw = torch.randint(0, 60, (43, 512 // fmt.elements * fmt.bytes), dtype=torch.uint8)
+    product = TiledLinear.of_blocks([raw], fmt)
+    assert product is not None
+    table, wanted = TiledEmbedding(product), BlockEmbedding(raw, fmt)
+    for ids in ([0], [42], [15, 16, 3, 3, 41], list(range(43)), [n * 7 % 43 for n in range(200)], []):
+        looked_up = torch.tensor(ids, dtype=torch.int64)
+        assert torch.equal(table(looked_up), wanted(looked_up))
+    assert table.nbytes() == 0
+    with pytest.raises(IndexError, match="ids are from 0 to 42"):
+        table(torch.tensor([3, 43]))
+    with pytest.raises(IndexError, match="ids are from 0 to 42"):
+        table(torch.tensor([-1]))
+
+
+def test_a_tied_model_has_one_table(tiny_path: Callable[..., Path]) -> None:
+    path = tiny_path(weights="Q4_0", formats={"token_embd.weight": "Q8_0"})
+    loaded = load_model(open_checkpoint(path), "original", "test")
+    assert isinstance(loaded.model.embedding, TiledEmbedding)
+    apart = load_model(open_checkpoint(tiny_path(weights="Q4_0", tied=False)), "original", "test")
+    assert isinstance(apart.model.embedding, BlockEmbedding)

@@ -27,7 +27,7 @@ from backend.placement.linears import borrow, build, values
 from backend.placement.offload import Streamer
 from backend.placement.parts import Part, placed_bytes, ring_bytes
 from backend.placement.places import HostEmbedding, HostLinear, OrderedLinear, Places
-from backend.placement.sizes import shares_table, table_weights, vector_bytes, weight_bytes
+from backend.placement.sizes import looked_up_in_output, shares_table, table_weights, vector_bytes, weight_bytes
 from backend.units import show_bytes
 from backend.weights.linear import (
     BiasedLinear,
@@ -39,6 +39,7 @@ from backend.weights.linear import (
     SplitLinear,
 )
 from backend.weights.stored import Blocks
+from backend.weights.tiled import TiledEmbedding, TiledLinear
 
 Progress = Callable[[LoadProgress], None]
 EMBEDDING, OUTPUT = "tok_embeddings", "output"
@@ -118,7 +119,8 @@ class _Loader:
         config = self._checkpoint.config
         # The call returns when all is asked for, not when it has come; that alone takes a while for a large file.
         threading.Thread(target=read_ahead, args=(self._checkpoint.files,), name="read ahead", daemon=True).start()
-        embedding = self._embedding()
+        one_table = self._is_one_table()
+        embedding = None if one_table else self._embedding()
         looked_up = self.places.kept_bytes  # of these, one token reads a row
         layers = []
         for n in range(config.n_layers):
@@ -135,6 +137,10 @@ class _Loader:
             )
         norm, before = self._vector("norm"), self.places.kept_bytes
         output = self._output(embedding)
+        if isinstance(output, TiledLinear) and one_table:
+            embedding = TiledEmbedding(output)
+            self._report(EMBEDDING)
+        embedding = embedding or self._embedding()
         output_bytes = self.places.kept_bytes - before or looked_up  # one table for both uses, or two
         rope = self._rope()
         self.places.allocate()
@@ -175,12 +181,19 @@ class _Loader:
         self._report(EMBEDDING)
         return table
 
-    def _output(self, embedding: Embedding) -> Linear:
+    def _is_one_table(self) -> bool:
+        """Whether tokens may be looked up where the output is: see `looked_up_in_output`."""
+        config, on_cpu = self._checkpoint.config, self.places.device.type == "cpu"
+        resident = on_cpu and self._part_of(OUTPUT).place == "resident"
+        return resident and looked_up_in_output(self._weights, config, self._checkpoint.tensors)
+
+    def _output(self, embedding: Embedding | None) -> Linear:
         config = self._checkpoint.config
         if not config.tied_output:
             return self._linear(OUTPUT)
         if not shares_table(self._weights, config, self._checkpoint.tensors):
             return self._put(self._part_of(OUTPUT), EMBEDDING)  # the product has its own copy of a packed table
+        assert embedding is not None
         product = PlainLinear(*embedding.tensors())  # one table for both uses
         return HostLinear(product) if isinstance(embedding, HostEmbedding) else product
 

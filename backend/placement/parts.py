@@ -72,6 +72,12 @@ class Product:
         return tuple(Product(tuple(run), self.read) for _, run in runs)
 
 
+def with_one_table(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The same where tokens are looked up in the output's table, if that is resident: they need none of their own."""
+    whole = any(part.names == OUTPUT and part.place == "resident" for part in parts)
+    return tuple(Part(part.names, 0) if whole and part.names == EMBEDDING else part for part in parts)
+
+
 def ring_bytes(parts: Sequence[Part]) -> int:
     """Bytes of the buffers that streamed parts go through. No more buffers than streamed parts."""
     # A table that is only looked up in is read row by row, never brought whole.

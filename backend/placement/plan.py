@@ -28,8 +28,8 @@ from backend.placement.budget import (
     workspace_bytes,
 )
 from backend.placement.machine import RAM_MARGIN, VRAM_MARGIN, Gpu, Machine
-from backend.placement.parts import Part, placed_bytes, ring_bytes
-from backend.placement.sizes import Tensors, products, vector_bytes, weight_bytes
+from backend.placement.parts import Part, placed_bytes, ring_bytes, with_one_table
+from backend.placement.sizes import Tensors, looked_up_in_output, products, vector_bytes, weight_bytes
 from backend.placement.speed import Placed, step
 from backend.presets import Preset
 from backend.units import show_bytes
@@ -123,6 +123,7 @@ class _Planner:
         self.host = host_bytes(config, shape_only=is_shape(preset.model))
         self.products = products(preset.weights, config, tensors, tiled=False if self.gpu else None)
         self.vectors = vector_bytes(config, tensors)
+        self.one_table = not self.gpu and looked_up_in_output(preset.weights, config, tensors)
 
     def plan(self) -> Plan:
         """With the longer chunk where that pays, unless there is no memory for its activations."""
@@ -184,6 +185,8 @@ class _Planner:
     def _described(self, placed: Sequence[Placed], kv: Cache, beside: int, room: int | None) -> Plan:
         machine, gpu = self.machine, self.gpu
         parts = tuple(product.part(place) for product, place in placed)
+        if self.one_table:
+            parts = with_one_table(parts)
         on_device = beside + placed_bytes(parts, "resident") + ring_bytes(parts)
         if gpu is None:
             extra = on_device + kv.bytes + self.host

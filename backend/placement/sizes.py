@@ -75,6 +75,13 @@ def shares_table(weights: str, config: ModelConfig, tensors: Tensors) -> bool:
     return config.tied_output and not (kept and isinstance(fmt, BlockFormat) and not fmt.plain)
 
 
+def looked_up_in_output(weights: str, config: ModelConfig, tensors: Tensors, tiled: bool | None = None) -> bool:
+    """Whether tokens are looked up in the output's tiles, where those are resident: a tied table that stays packed.
+    `tiled`: see `products`."""
+    tiled = compiled_products() if tiled is None else tiled
+    return tiled and config.tied_output and in_tiles(weights, OUTPUT[0], tensors[EMBEDDING[0]])
+
+
 def table_weights(weights: str, info: StoredTensor) -> str:
     """The value of `weights` that the embedding and the output head are kept by.
 
@@ -99,7 +106,10 @@ def vector_bytes(config: ModelConfig, tensors: Tensors) -> int:
 
 def weight_bytes(weights: str, config: ModelConfig, tensors: Tensors, tiled: bool | None = None) -> int:
     """Bytes that all loaded weights take, exactly. `tiled`: see `products`."""
-    return sum(product.bytes for product in products(weights, config, tensors, tiled)) + vector_bytes(config, tensors)
+    tiled = compiled_products() if tiled is None else tiled
+    total = sum(product.bytes for product in products(weights, config, tensors, tiled)) + vector_bytes(config, tensors)
+    once = looked_up_in_output(weights, config, tensors, tiled)
+    return total - (table_bytes(weights, tensors[EMBEDDING[0]]) if once else 0)
 
 
 def kv_token_bytes(config: ModelConfig, kv_type: str) -> int:

@@ -19,7 +19,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from backend.kernels.cpu.products import product, retile, tiles_library, values
+from backend.kernels.cpu.products import looked_up, product, retile, tiles_library, values
 from backend.weights.blocks import BlockFormat
 from backend.weights.decode import dequantize
 from backend.weights.tiles import FIELDS, ROWS, Field, is_tiled
@@ -75,6 +75,30 @@ class TiledLinear:
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> TiledLinear:
         (tiles,) = tensors
         return TiledLinear(tiles, self.format, self.out_features, self.in_features, self.exact)
+
+
+class TiledEmbedding:
+    """Rows of a product's weight, looked up where that is: one table for both uses. ids int64 (tokens,) -> float32
+    (tokens, dim). Raises IndexError for an id that is no row."""
+
+    def __init__(self, weight: TiledLinear) -> None:
+        self._weight = weight
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        weight = self._weight
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < weight.out_features:
+            raise IndexError(f"ids are from 0 to {weight.out_features - 1}, found {ids.min()} to {ids.max()}")
+        return looked_up(weight._compiled, weight.tiles, weight.format, weight.in_features, ids)
+
+    def nbytes(self) -> int:
+        """Beside the product: nothing."""
+        return 0
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self._weight.tensors()
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> TiledEmbedding:
+        return TiledEmbedding(self._weight.with_tensors(tensors))
 
 
 @cache

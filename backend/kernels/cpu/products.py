@@ -26,6 +26,7 @@ _ARGUMENTS = {
     "suri_retile": (_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
     "suri_product": (_INT, _INT, _INT, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
     "suri_values": (_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
+    "suri_rows": (_INT, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _INT),
 }
 
 
@@ -118,4 +119,15 @@ def values(compiled: ctypes.CDLL, tiles: torch.Tensor, fmt: BlockFormat, rows: i
     """The weight as float32 (rows, columns); bit for bit what `decode.dequantize` makes of the file's blocks."""
     out = torch.empty(rows, columns)
     compiled.suri_values(fmt.ggml_id, tiles.data_ptr(), rows, columns, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def looked_up(
+    compiled: ctypes.CDLL, tiles: torch.Tensor, fmt: BlockFormat, columns: int, ids: torch.Tensor
+) -> torch.Tensor:
+    """Rows of the weight, float32 (ids, columns), as `values` has them. ids: int64 (ids,), all of them rows of it."""
+    out = torch.empty(len(ids), columns)
+    ids = ids.contiguous()
+    threads = torch.get_num_threads()
+    compiled.suri_rows(fmt.ggml_id, tiles.data_ptr(), columns, ids.data_ptr(), len(ids), out.data_ptr(), threads)
     return out
