@@ -107,13 +107,13 @@ def _compare(label: str, path: Path, tasks: tuple[Task, ...], peer: Peer, thread
                 found[task].append(speeds)
     read, weights = statistics.median(reading), runtime.bytes_per_token
     rows = [_row(label, task, found[task], read, weights) for task in tasks]
-    counts = _counts(runtime, ids[:50])
+    counts = _counts(runtime, ids[:8])
     print(f"{label:18} a token: {', '.join(f'{count:.0f} {name}' for name, count in counts.items())}", flush=True)
     runtime.close(drain=False)
     return [row | {"a_token": counts} for row in rows]
 
 
-def _counts(runtime: Runtime, ids: list[int], tokens: int = 50) -> dict[str, float]:
+def _counts(runtime: Runtime, ids: list[int], tokens: int = 20) -> dict[str, float]:
     """What one token of a reply takes: calls of compiled code, jobs in them, and barriers between threads."""
 
     def counted(reply: int) -> tuple[int, ...]:

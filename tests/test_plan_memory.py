@@ -38,15 +38,15 @@ def test_shipped_presets(starter_path: Path, preset: str):
 
 @needs_proc
 def test_the_starter_takes_little_more_than_its_file(starter_path: Path):
-    """Peak of a process that has read a long prompt: 1.6 times the file, the cache, and what our code and torch take that
-    have only multiplied two small matrices."""
+    """Peak of a process that has read a long prompt: 1.6 times the file, the cache, and what our code and torch take
+    that have only multiplied two small matrices."""
     told = measured("starter")
-    line = (
-        "import torch, backend.service; from tests.commandline import resident; torch.ones(64, 64) @ torch.ones(64, 64)"
+    lines = (
+        "import torch, backend.service, tests.commandline",
+        "torch.ones(64, 64) @ torch.ones(64, 64)",
+        "print(tests.commandline.resident('VmRSS'))",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", f"{line}; print(resident('VmRSS'))"], cwd=PROJECT, capture_output=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=PROJECT, capture_output=True, check=True)
     torch_itself = int(done.stdout)
     assert told["measured"] <= torch_itself + told["kv"] + 1.6 * starter_path.stat().st_size, (told, torch_itself)
 

@@ -21,7 +21,8 @@ EMBEDDING, OUTPUT = ("tok_embeddings",), ("output",)
 class Part:
     """One product the model multiplies with, known by the canonical names of its weights, stacked in this order.
 
-    A tied model has both `tok_embeddings` and `output` where its table is packed (the product has its own copy of it);
+    A tied model has both `tok_embeddings` and `output` where its table is packed (the product has its own copy of it,
+    where tokens are looked up too if it is in resident tiles on the CPU: then `tok_embeddings` takes nothing);
     where the table is plain, `tok_embeddings` is both and there is no part `output`. Norms and biases are in no part:
     they are always resident.
     """
