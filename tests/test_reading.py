@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from backend.engine import pacing
+from backend.errors import OutOfMemoryError
 from backend.params import GenerationParams
 from backend.runtime import Runtime
 from tests.real import read, starter
@@ -81,6 +82,39 @@ def test_who_stops_while_a_prompt_is_read_takes_nobody_along(runtime: Runtime, d
     assert read(talk)[1] == expected
     assert runtime.blocks.in_use == 0
     assert runtime._engine._piece is None
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_piece_for_which_memory_does_not_suffice(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, always: bool
+) -> None:
+    """It is read at once in smaller ones, or its request ends; the reply beside it goes on either way."""
+    alone = [read(runtime.start(ids, params, use_cache=False))[1] for ids, params in ((SHORT, TALK), (LONG, ANSWER))]
+    run, failed = runtime.runner.run, []
+
+    def begin(work):  # type: ignore[no-untyped-def]
+        failed.append(work)
+        raise MemoryError
+
+    def run_or_fail(work):  # type: ignore[no-untyped-def]
+        if always and any(item.tokens > 1 for item in work):
+            raise MemoryError
+        return run(work)
+
+    talk = runtime.start(SHORT, TALK, use_cache=False)
+    while talk.stats.completion_tokens < 20:
+        time.sleep(0.001)
+    monkeypatch.setattr(runtime.runner, "begin", begin)
+    monkeypatch.setattr(runtime.runner, "run", run_or_fail)
+    answer = runtime.start(LONG, ANSWER, use_cache=False)
+    _, ids, last = read(answer)
+    assert read(talk)[1] == alone[0]
+    assert failed
+    if always:
+        assert isinstance(last.error, OutOfMemoryError)
+    else:
+        assert ids == alone[1]
+    assert runtime.blocks.in_use == 0
 
 
 def test_seconds_that_a_step_may_read() -> None:

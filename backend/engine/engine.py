@@ -148,7 +148,8 @@ class Engine:
             work, logits = run_step(self.runner.run, work, self._end)
         if logits is not None:
             self._piece = None
-            self._drawn(work, logits)
+            if work:  # else memory ran out for all of it
+                self._drawn(work, logits)
 
     def _drawn(self, work: list[Work], logits: torch.Tensor) -> None:
         """The step has computed this work: draw what follows."""
