@@ -272,6 +272,8 @@ def probed(
 
 SHAPES = [
     (64, 9, 3, torch.bfloat16),
+    (128, 4, 4, torch.bfloat16),
+    (96, 8, 1, torch.bfloat16),
     (128, 4, 4, torch.float16),
     (100, 4, 2, torch.float32),
     (16, 32, 1, torch.bfloat16),
@@ -288,17 +290,20 @@ def test_attention_is_that_of_the_formula(
     random = torch.Generator().manual_seed(1)
     keys, values = (torch.randn(kv_heads, 40 * 32, head_dim, generator=random) for _ in range(2))
     keys[:, 39 * 32 :] = float("nan")  # a block nobody has
+    places = torch.randperm(39, generator=random).tolist()
+    spans, tables = (
+        [(0, 1, 600), (1, 5, 30), (6, 9, 250), (15, 1, 0)],
+        [places[:22], places[22:24], places[24:33], [places[33]]],
+    )
+    for (_, count, start), table in zip(spans, tables, strict=True):
+        for at in range(start + count, len(table) * 32):  # nor has anybody written to a last block's end
+            keys[:, table[at // 32] * 32 + at % 32] = values[:, table[at // 32] * 32 + at % 32] = float("nan")
     if kind == torch.int8:
         (keys, key_scales), (values, value_scales) = quantised(keys), quantised(values)
         cached = [keys, values, key_scales, value_scales]
         keys, values = values_of(keys, key_scales, torch.float32), values_of(values, value_scales, torch.float32)
     else:
         cached = [keys, values] = [keys.to(kind), values.to(kind)]
-    places = torch.randperm(39, generator=random).tolist()
-    spans, tables = (
-        [(0, 1, 600), (1, 5, 30), (6, 9, 250), (15, 1, 0)],
-        [places[:22], places[22:24], places[24:33], [places[33]]],
-    )
     query = 2 * torch.randn(16, heads, head_dim, generator=random)
     found = probed(probe, query, spans, tables, cached, window, threads=1)
     assert torch.equal(found, probed(probe, query, spans, tables, cached, window, threads=8))

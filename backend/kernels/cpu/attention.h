@@ -10,6 +10,7 @@
 #include <stdlib.h>
 
 #include "attend.h"
+#include "attend_few.h"
 #include "attend_many.h"
 #include "step.h"
 
@@ -118,7 +119,14 @@ static void attend_piece(const struct attention *a, const struct piece *piece, i
     int first = 0, last = n;
     while (first < n && rows[first].end <= start) first++;
     while (last > first && rows[last - 1].first >= end) last--;
-    if (first < last) attend_chunk(&of, rows + first, states + first, last - first, start, end);
+    if (first >= last) return;
+#if MATRIX
+    if (few_possible(of.kind, of.head_dim)) {
+        attend_few(&of, rows + first, states + first, last - first, start, end);
+        return;
+    }
+#endif
+    attend_chunk(&of, rows + first, states + first, last - first, start, end);
 }
 
 INLINE void write_out(const struct attention *a, const struct piece *piece, const struct folded *states) {
