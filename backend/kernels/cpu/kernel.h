@@ -194,6 +194,8 @@ INLINE void few_tokens(enum format format, const struct suri_product *p, int64_t
     for (int64_t token = p->first; token < p->last; token += TOKENS) {
         int tokens = p->last - token < TOKENS ? (int)(p->last - token) : TOKENS;
         memset(sums, 0, (size_t)tokens * LANES * sizeof(float));
+        /* Another thread may have written there: the lines are on their way while the sums are computed. */
+        for (int t = 0; t < tokens; t++) __builtin_prefetch(p->out + (token + t) * p->stride + n * LANES, 1);
         if (p->in_rows) rows_of(format, at_once, from, blocks * shape.bytes, in, token, tokens, sums);
         else records_of(format, at_once, 1, from, 0, blocks, in, token, tokens, sums);
         for (int t = 0; t < tokens; t++)

@@ -17,10 +17,13 @@ static struct {
     /* the job */
     suri_work work;
     const void *argument;
-    int64_t count, chunk;
+    int64_t chunk;
     int helpers;
-    _Atomic int64_t next;
-} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, 0, ATOMIC_FLAG_INIT, 0, 0, 0, 0, 0, 0};
+    struct {
+        _Alignas(128) _Atomic int64_t next;
+        int64_t end;
+    } range[MAX_THREADS + 1]; /* what each thread begins with */
+} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, 0, ATOMIC_FLAG_INIT, 0, 0, 0, 0, {{0}}};
 
 static _Atomic uint64_t all_jobs, shared_jobs;
 
@@ -37,12 +40,17 @@ static inline void rest(void) {
 #endif
 }
 
-static void take_part(void) {
-    for (;;) {
-        int64_t first = atomic_fetch_add_explicit(&pool.next, pool.chunk, memory_order_relaxed);
-        if (first >= pool.count) return;
-        int64_t last = first + pool.chunk;
-        pool.work(pool.argument, first, last < pool.count ? last : pool.count);
+/* Its own range first, then what others have left. Jobs follow each other on the same arrays: a thread that writes where
+ * it wrote before finds the lines in its cache, and need not wait until another processor hands them over. */
+static void take_part(int number) {
+    for (int n = 0; n <= pool.helpers; n++) {
+        int of = number + n <= pool.helpers ? number + n : number + n - pool.helpers - 1;
+        for (;;) {
+            int64_t first = atomic_fetch_add_explicit(&pool.range[of].next, pool.chunk, memory_order_relaxed);
+            if (first >= pool.range[of].end) break;
+            int64_t last = first + pool.chunk;
+            pool.work(pool.argument, first, last < pool.range[of].end ? last : pool.range[of].end);
+        }
     }
 }
 
@@ -65,7 +73,7 @@ static void *helper(void *number) {
         /* Go in while the job is open; after that its fields stay until we are out again. */
         while (state & OPEN && state / GENERATION == seen) {
             if (!atomic_compare_exchange_weak(&pool.state, &state, state + 1)) continue;
-            if ((intptr_t)number < pool.helpers) take_part();
+            if ((intptr_t)number < pool.helpers) take_part((int)(intptr_t)number + 1);
             atomic_fetch_sub(&pool.state, 1);
             break;
         }
@@ -111,14 +119,19 @@ void suri_parallel(int threads, int64_t count, int64_t chunk, suri_work work, co
     }
     atomic_fetch_add_explicit(&shared_jobs, 1, memory_order_relaxed);
     pool.helpers = start(threads - 1);
-    pool.work = work, pool.argument = argument, pool.count = count, pool.chunk = chunk;
-    atomic_store(&pool.next, 0);
+    threads = pool.helpers + 1;
+    pool.work = work, pool.argument = argument, pool.chunk = chunk;
+    const int64_t unit = chunk % 2 ? 1 : 2; /* work that is done by twos stays so */
+    for (int n = 0; n < threads; n++) {
+        atomic_store_explicit(&pool.range[n].next, count * n / threads / unit * unit, memory_order_relaxed);
+        pool.range[n].end = n + 1 == threads ? count : count * (n + 1) / threads / unit * unit;
+    }
     /* A new generation, open and empty. No helper is in: the last job ended with that. */
     atomic_store(&pool.state, (atomic_load(&pool.state) / GENERATION + 1) * GENERATION | OPEN);
     pthread_mutex_lock(&pool.lock);
     if (pool.sleepers) pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
-    take_part();
+    take_part(0);
     uint64_t state = atomic_fetch_and(&pool.state, ~OPEN);
     for (int n = 0; state & (OPEN - 1); state = atomic_load(&pool.state))
         if (++n < PATIENCE) rest();
