@@ -150,6 +150,12 @@ INLINE void score(const struct row *rows, int n, const float (*keys)[LANES], int
     for (int r = 0; r < n; r++) store(scores[r], sums[r]);
 }
 
+/* Which of LANES tokens from `t` on lie in from .. to - 1: a bit for each. */
+INLINE uint32_t seen_of(int t, int from, int to) {
+    uint32_t mask = t + LANES > to ? to > t ? (1u << (to - t)) - 1 : 0 : 0xffff;
+    return t < from ? mask & (from - t < LANES ? ~0u << (from - t) : 0) : mask;
+}
+
 /* Scores of tokens position .. position + count - 1 -> weights e^(score - largest), 0 for what the row does not see. */
 INLINE void weigh(const struct row *row, int64_t position, int count, float *scores, struct folded *state) {
     ints place;

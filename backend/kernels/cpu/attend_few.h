@@ -144,9 +144,7 @@ INLINE void few_weigh(const struct row *row, int64_t start, int count, const flo
     __m512 own[CHUNK / LANES], top = _mm512_set1_ps(-INFINITY), added = _mm512_setzero_ps();
     __mmask16 seen[CHUNK / LANES], none = 0;
     for (int t = 0, n = 0; t < count; t += LANES, n++) {
-        uint32_t mask = t + LANES > to ? to > t ? (1u << (to - t)) - 1 : 0 : 0xffff;
-        if (t < from) mask &= from - t < LANES ? ~0u << (from - t) : 0;
-        seen[n] = (__mmask16)mask;
+        seen[n] = (__mmask16)seen_of(t, from, to);
         own[n] = _mm512_mask_load_ps(_mm512_set1_ps(-INFINITY), seen[n], scores + t);
         none |= _mm512_cmpunord_ps_mask(own[n], own[n]);
         top = _mm512_max_ps(top, own[n]);

@@ -134,9 +134,7 @@ INLINE void many_weigh(const struct row *row, int64_t position, int keys, const 
     __m512 own[MANY_KEYS / LANES], top = _mm512_set1_ps(-INFINITY), added = _mm512_setzero_ps();
     __mmask16 seen[MANY_KEYS / LANES];
     for (int t = 0; t < keys; t += LANES) {
-        uint32_t mask = t + LANES > to ? to > t ? (1u << (to - t)) - 1 : 0 : 0xffff;
-        if (t < from) mask &= from - t < LANES ? ~0u << (from - t) : 0;
-        seen[t / LANES] = (__mmask16)mask;
+        seen[t / LANES] = (__mmask16)seen_of(t, from, to);
         own[t / LANES] = _mm512_mask_blend_ps(seen[t / LANES], _mm512_set1_ps(-INFINITY), _mm512_load_ps(scores + t));
         top = _mm512_max_ps(own[t / LANES], top);
     }
