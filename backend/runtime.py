@@ -169,6 +169,11 @@ class Runtime:
         engine.records = self._records  # from now on: nobody asked for the first reply
 
     @property
+    def engine(self) -> Engine:
+        """For those who measure: it belongs to a thread of its own while somebody is served."""
+        return self._engine
+
+    @property
     def name(self) -> str:
         """What programs call this model."""
         return model_name(self.checkpoint)

@@ -1,4 +1,5 @@
-"""How much faster replies come with speculation, on real tasks: the same model with it and without, in turn.
+"""How much faster replies come with speculation, on real tasks: the same model with it and without, in turn. It is one
+model in one place of memory: of two, one may well be faster than the other by more than what is measured here.
 
 Greedy, and again with the sampling that the starter comes with, where a reply holds more surprises. The machine may be
 shared and its speed drift, so what counts is the ratio of neighbouring runs: for each question its median, for each
@@ -12,6 +13,7 @@ import dataclasses
 import os
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 from backend.events import Stats
@@ -41,26 +43,25 @@ class Run:
 def run() -> dict[str, Any]:
     preset = PresetFolder(Settings().presets_dir).read("starter")
     path = ModelFolder(Settings().models_dir).resolve("starter", PROJECT)
-    runtimes = [Runtime(Prepared(dataclasses.replace(preset, speculation=each), path), 8) for each in ("off", "auto")]
+    runtime = Runtime(Prepared(preset, path), 8)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     results: dict[str, Any] = {"reply_tokens_at_most": REPLY, "runs": RUNS, "load_average_before": load}
     try:
         for name, sampling in SAMPLINGS.items():
             print(f"{name}:")
-            results[name] = {kind: _task(runtimes, kind, questions, sampling) for kind, questions in TASKS.items()}
-        results["cost_of_a_step_by_tokens"] = _costs(runtimes[0])
+            results[name] = {kind: _task(runtime, kind, questions, sampling) for kind, questions in TASKS.items()}
+        results["cost_of_a_step_by_tokens"] = _costs(runtime)
     finally:
-        for runtime in runtimes:
-            runtime.close(drain=False)
+        runtime.close(drain=False)
     print("cost of a step by its tokens, beside that of one:", results["cost_of_a_step_by_tokens"])
     return results
 
 
-def _task(runtimes: list[Runtime], kind: str, questions: tuple[str, ...], sampling: dict[str, Any]) -> dict[str, Any]:
+def _task(runtime: Runtime, kind: str, questions: tuple[str, ...], sampling: dict[str, Any]) -> dict[str, Any]:
     params = GenerationParams.from_mapping({"max_tokens": REPLY, "seed": SEED} | sampling)
     plain, ratios, processor, last = [], [], [], []
     for question in questions:
-        pairs = [[_ask(runtime, question, params, number) for runtime in runtimes] for number in range(RUNS)]
+        pairs = [_pair(runtime, question, params, number) for number in range(RUNS)]
         if any(before.ids != after.ids for before, after in pairs):
             raise RuntimeError(f"{kind}: with speculation the reply has other tokens")
         plain.append(statistics.median(before.stats.decode_seconds for before, _ in pairs))
@@ -93,6 +94,19 @@ def _task(runtimes: list[Runtime], kind: str, questions: tuple[str, ...], sampli
         flush=True,
     )
     return row
+
+
+def _pair(runtime: Runtime, question: str, params: GenerationParams, number: int) -> tuple[Run, Run]:
+    """A reply without speculation, and the same with it; every other time in the other order."""
+    speculation = runtime.engine.speculation
+    try:
+        runs = {}
+        for kind in (None, speculation) if number % 2 else (speculation, None):
+            runtime.worker.ask(partial(setattr, runtime.engine, "speculation", kind))
+            runs[kind] = _ask(runtime, question, params, number)
+        return runs[None], runs[speculation]
+    finally:
+        runtime.worker.ask(partial(setattr, runtime.engine, "speculation", speculation))
 
 
 def _ask(runtime: Runtime, question: str, params: GenerationParams, number: int) -> Run:

@@ -84,7 +84,7 @@ def test_what_is_left_can_always_be_taken_back() -> None:
 def test_on_a_model_with_speculation(tiny_path) -> None:
     runtime = tiny_runtime(tiny_path(scale=0.3), context=64, weights="f32")
     try:
-        assert isinstance(runtime.worker._engine._speculation, Speculation)
+        assert isinstance(runtime.worker._engine.speculation, Speculation)
         params = GenerationParams.from_mapping(
             {"max_tokens": 150, "temperature": 0, "ignore_eos": True, "context_shift": True}
         )

@@ -28,7 +28,7 @@ PROMPTS = [list(range(3, 60)), [7, 8, 9] * 12, list(range(100, 110))]
 @pytest.fixture
 def runtime(tmp_path: Path) -> Iterator[Runtime]:
     runtime = tiny_runtime(write_tiny(tmp_path / "tiny.gguf", TinyModel(tied=False)), weights="f32", kv_tokens=2048)
-    runtime._engine._speculation = None
+    runtime._engine.speculation = None
     yield runtime
     runtime.close(drain=False)
 
@@ -70,7 +70,7 @@ class Poison(Between):
 def test_a_number_that_is_none_ends_that_request_only(runtime: Runtime, value: float, guessing: bool) -> None:
     expected = [read(runtime.start(ids, GREEDY, use_cache=False))[1] for ids in PROMPTS]
     if guessing:
-        runtime._engine._speculation = Told(
+        runtime._engine.speculation = Told(
             {(tuple(ids), GREEDY): said for ids, said in zip(PROMPTS, expected)}, wrong_at=1000
         )
     poison = Poison(runtime, PROMPTS[1], value, guessing=guessing)

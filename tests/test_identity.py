@@ -80,7 +80,7 @@ def small(path: Path, options: dict[str, str], alone: list[list[int]], **more: o
     runtime = tiny_runtime(path, **options, **more)
     if options["speculation"] == "auto":
         asked = enumerate(prompts(runtime_size(runtime)))
-        runtime._engine._speculation = Told({(tuple(ids), params(number)): alone[number] for number, ids in asked})
+        runtime._engine.speculation = Told({(tuple(ids), params(number)): alone[number] for number, ids in asked})
     yield runtime
     assert options["speculation"] == "off" or runtime._engine.counts.accepted > 100, (
         "there were guesses that were right"
@@ -131,15 +131,15 @@ def test_on_the_starters_compiled_step() -> None:
     if not runtime.runner.in_one_call:
         pytest.skip("not run: there is no C compiler")
     runtime.runner.be_uniform()
-    asked, speculation = prompts(40000, 8, length=90), runtime._engine._speculation
+    asked, speculation = prompts(40000, 8, length=90), runtime._engine.speculation
     try:
-        runtime._engine._speculation = None
+        runtime._engine.speculation = None
         expected = [read(runtime.start(ids, params(n), use_cache=False))[1] for n, ids in enumerate(asked)]
         assert together(runtime, asked) == expected
         said = {(tuple(ids), params(n)): expected[n] for n, ids in enumerate(asked)}
-        runtime._engine._speculation, accepted = Told(said), runtime._engine.counts.accepted  # type: ignore[assignment]
+        runtime._engine.speculation, accepted = Told(said), runtime._engine.counts.accepted  # type: ignore[assignment]
         assert together(runtime, asked) == expected
         assert together(runtime, asked, size=1) == expected
         assert runtime._engine.counts.accepted > accepted + 50
     finally:
-        runtime._engine._speculation = speculation
+        runtime._engine.speculation = speculation

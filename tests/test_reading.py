@@ -25,7 +25,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     if not runtime.runner.in_one_call:
         pytest.skip("not run: there is no C compiler")
     described = runtime.runner._compiled._described  # type: ignore[union-attr]
-    monkeypatch.setattr(runtime._engine, "_speculation", None)
+    monkeypatch.setattr(runtime._engine, "speculation", None)
     described.uniform = 1
     yield runtime
     described.uniform = 0

@@ -178,6 +178,21 @@ def test_the_curve_is_found_whatever_the_pace() -> None:
         assert cost.of(size) / cost.of(1) == pytest.approx(true[size], rel=0.15)
 
 
+@pytest.mark.parametrize("guessing", ["first", "seldom"])
+def test_costs_stay_true_while_nobody_guesses(guessing: str) -> None:
+    """What disturbs a step makes it longer, never shorter: no reason to think ever more of what others cost."""
+    random.seed(4)
+    true, cost, pace = {1: 1.0, 2: 1.3, 4: 1.8, 8: 2.3, 16: 3.2}, StepCost(), 0.01
+    for step in range(5000):
+        pace = min(0.02, max(0.01, pace * random.lognormvariate(0, 0.01)))
+        wide = step < 100 if guessing == "first" else random.random() < 0.02
+        size = random.choice((2, 4, 8, 16)) if wide else 1
+        late = 2 if random.random() < 0.06 else random.lognormvariate(0, 0.08)
+        cost.observe(size, true[size] * pace * late)
+    for size, value in true.items():
+        assert cost.of(size) == pytest.approx(value, rel=0.3)
+
+
 def test_costs_never_fall_and_go_on_beyond_what_is_known() -> None:
     cost = StepCost()
     for size, seconds in ((1, 1.0), (8, 5.0), (4, 7.0), (4, 7.0), (4, 7.0), (8, 5.0), (8, 5.0), (1, 1.0), (1, 1.0)):

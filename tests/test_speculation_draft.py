@@ -167,7 +167,7 @@ def test_a_draft_preset_from_the_file_to_the_reply(tmp_path: Path) -> None:
         assert prepared.same(service.prepare(preset))
         runtimes = [Runtime(each, 4) for each in (prepared, plain)]
         assert runtimes[0].held().ram > runtimes[1].held().ram
-        speculation = runtimes[0].worker._engine._speculation
+        speculation = runtimes[0].worker._engine.speculation
         assert speculation is not None
         speculation.cost = CHEAP
         said = []

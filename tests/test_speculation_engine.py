@@ -297,8 +297,8 @@ def test_a_cancelled_reply_and_one_that_fails() -> None:
     engine.step()
     assert engine.idle
     assert engine.blocks.in_use == 0
-    assert engine._speculation is not None
-    assert engine._speculation._guessers == {}
+    assert engine.speculation is not None
+    assert engine.speculation._guessers == {}
 
 
 def test_where_nothing_repeats_next_to_nothing_is_evaluated() -> None:

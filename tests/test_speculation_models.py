@@ -38,7 +38,7 @@ def loaded(path: Path, **changes: Any) -> Runtime:
 def always(runtime: Runtime) -> Runtime:
     """Guesses as wide as they come, whatever they cost here: more than anybody would have."""
     most = MOST_IN_STEP if runtime.runner.in_one_call else MOST_ALIKE
-    runtime.worker._engine._speculation = Speculation(FREE, most_in_step=most)
+    runtime.worker._engine.speculation = Speculation(FREE, most_in_step=most)
     return runtime
 
 

@@ -66,11 +66,11 @@ class Engine:
         apart: bool = False,
     ) -> None:
         """`prefill_tokens`: of prompts in one step, at most; `least_tokens`: see Pacing. `speculation` None: one token
-        a step for every sequence. `apart`: the runner can set a step aside, so prompts are read a few layers at a time
-        while replies are being written."""
+        a step for every sequence; may be set while nobody is served. `apart`: the runner can set a step aside, so
+        prompts are read a few layers at a time while replies are being written."""
         self.runner, self.blocks, self._sleep = runner, blocks, sleep
         self.scheduler = Scheduler(blocks, prefill_tokens, Pacing(prefill_tokens, least_tokens))
-        self._speculation = speculation
+        self.speculation = speculation
         self.counts = Counts()
         self.records: Records | None = None  # of requests that go on and end, where somebody wants to know
         self.resting: Callable[[], None] = lambda: None  # called when there is nothing to compute for a moment
@@ -93,8 +93,8 @@ class Engine:
         self._drop_cancelled()
         try:
             work = self.scheduler.schedule(apart=self._apart, reading=self._piece is not None)
-            if self._speculation is not None:
-                work = self._speculation.add_drafts(work, self.scheduler.room)
+            if self.speculation is not None:
+                work = self.speculation.add_drafts(work, self.scheduler.room)
             self.runner.copy_blocks(self.blocks.take_moves())
             if not work:
                 if self._piece is None:
@@ -117,12 +117,12 @@ class Engine:
 
     def _take_step(self, work: list[Work], logits: torch.Tensor, begin: float, started: float, computed: float) -> int:
         """Draw, and learn from how long it took. Returns how many sequences of it write."""
-        share = self._speculation.observe(work, computed - started) if self._speculation is not None else 1.0
+        share = self.speculation.observe(work, computed - started) if self.speculation is not None else 1.0
         drawn, writing = self.counts.drawn, sum(1 for item in work if item.tokens == 1)
         self._drawn(work, logits)
         ended = time.perf_counter()
-        if self._speculation is not None and self.counts.drawn > drawn:
-            self._speculation.observe_draws(self.counts.drawn - drawn, ended - computed)
+        if self.speculation is not None and self.counts.drawn > drawn:
+            self.speculation.observe_draws(self.counts.drawn - drawn, ended - computed)
         if not self._read_before:  # after a prompt has had the caches a step takes longer
             self.scheduler.measured(work, (ended - begin) * share)
         return writing
@@ -210,8 +210,8 @@ class Engine:
                 if drawn.token is None:
                     del drawing.held[len(drawing.held) - drawn.rewind :]
                     self.scheduler.rewind(request, drawn.rewind)
-                    if self._speculation is not None:
-                        self._speculation.rewound(request)
+                    if self.speculation is not None:
+                        self.speculation.rewound(request)
                     return
                 self.counts.drawn += 1
                 reason = self._take(request, drawing, self._token(request, logits[row], drawn.token))
@@ -285,8 +285,8 @@ class Engine:
 
     def _shift(self, request: Request, held: int) -> None:
         """The context is full in the middle of a reply: keep the beginning and the later half of the rest."""
-        if self._speculation is not None:
-            self._speculation.forget(request)  # its places are no longer those of the ids
+        if self.speculation is not None:
+            self.speculation.forget(request)  # its places are no longer those of the ids
         self.scheduler.shift(request, *middle(request, held))
 
     def _rest(self) -> None:
@@ -308,8 +308,8 @@ class Engine:
             self.records.ended(request.stats(), request.clock() - request.submitted_at, reason, error)
         self._pairs.forget(request)
         drawing = self._drawing.pop(request, None)
-        if self._speculation is not None:
-            self._speculation.forget(request)
+        if self.speculation is not None:
+            self.speculation.forget(request)
         try:
             for shown in drawing.held if drawing is not None else ():
                 if request.listener.on_token(shown.id, shown.logprob, top=shown.top):

@@ -3,18 +3,21 @@
 A running reply gets one token a step, so a step that also reads a prompt is a longer gap in that reply. How long a step
 takes is measured all the time; from that comes the number of prompt tokens with which it stays below `MOST` times a
 step that only writes. Where more wait to be read than write, as when several ask at once, it may be as much longer as
-they are more, within what nobody notices (`BRIEF`). While nobody writes, a longer piece is faster, but a Stop has to
-wait for its end: it takes about `LONGEST` seconds. How a prompt is cut changes its numbers by rounding at most.
+they are more, within what nobody notices (`BRIEF`); where several short prompts come together it is `BRIEF` until they
+are read, since whoever begins late is alone in the end. While nobody writes, a longer piece is faster, but a Stop has
+to wait for its end: it takes about `LONGEST` seconds. How a prompt is cut changes its numbers by rounding at most.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
+from math import inf
 from statistics import median
 
 MOST = 2.5  # a step that writes and reads, in steps that only write
 BRIEF = 0.1  # seconds: a gap in a reply that is as good as none, once
+SHORT = 2.5  # such gaps at most, in which several prompts together are read: else they are no short ones
 LONGEST = 0.5  # seconds of a step that only reads
 WORSE = 2.0  # a token beside replies, in tokens of a step that only reads: what a first piece is guessed to take
 SIZES = (4, 5, 7, 10, 15, 22, 31, 46, 64, 96, 128, 192, 256, 384, 512)  # pieces: each at most half as long again
@@ -78,14 +81,19 @@ class Pacing:
             best = max(best + 1, guess) if guess > max(known) else best + 1
         return min(self._most, SIZES[best])
 
-    def seconds(self, writing: int, reading: int = 1, spent: float | None = None) -> float:
+    def seconds(self, writing: int, reading: int = 1, spent: float | None = None, tokens: float = inf) -> float:
         """How long a step may read in which so many sequences write: that of `budget`, in seconds. `spent`: what the
-        step has taken so far; without it, what one takes that only writes."""
+        step has taken so far; without it, what one takes that only writes. `tokens`: of prompts, still to be read."""
         if not writing:
             return LONGEST
         alone = self._alone(writing) or 0.0
         fitting = (MOST - 1) * alone
-        return max(fitting, min(fitting * reading / writing, BRIEF)) + alone - (alone if spent is None else spent)
+        longer = BRIEF if self._short(reading, tokens) else min(fitting * reading / writing, BRIEF)
+        return max(fitting, longer) + alone - (alone if spent is None else spent)
+
+    def _short(self, reading: int, tokens: float) -> bool:
+        """Whether several prompts come to their end in a few brief gaps, by what steps took that only read."""
+        return reading > 1 and bool(self._reading) and tokens * median(self._reading) <= SHORT * BRIEF
 
     def _guess(self, seconds: float) -> int:
         """Place in SIZES of a piece that should not take longer, by what steps took that only read."""

@@ -109,7 +109,10 @@ class Scheduler:
 
     def spare_seconds(self, writing: int, spent: float) -> float:
         """How much longer a step may read in which so many sequences write and that has taken `spent` so far."""
-        return self._pacing.seconds(writing, len(self.readers), spent) if self._pacing else inf
+        if self._pacing is None:
+            return inf
+        readers = self.readers
+        return self._pacing.seconds(writing, len(readers), spent, sum(_left(request) for request in readers))
 
     def _reserved(self, now: list[Request], tokens: dict[Request, int]) -> list[Work]:
         """The work of those of `now` that find blocks for their tokens."""

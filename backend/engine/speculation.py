@@ -16,13 +16,14 @@ from backend.engine.scheduler import Work
 from backend.engine.speculation_cost import StepCost
 from backend.engine.speculation_guess import SURENESS, Chances, Guess, Guesser
 from backend.engine.speculation_index import Successors
+from backend.sampling.chain import is_greedy
 
 MOST_DRAFTS = 15  # of one sequence: with the token before them they fill one tile of a product
 MOST_IN_STEP = 48  # tokens: guesses, and one more for each sequence
 # The same where a step is not one compiled call: more tokens would go through other products than a single one, which
 # round otherwise (kernels/cpu/plain.py, kernels/cuda/gemv.py), and the text would be another.
 MOST_ALIKE = 4
-LEAST_GAIN = 1.04  # expected tokens a second, beside those of a plain step
+LEAST_GAIN = 1.08  # expected tokens a second, beside those of a plain step
 MOST_OF_DRAFTER = 8  # guesses of a smaller model in one step: each is a step of its own
 FIRST_PROBE, LAST_PROBE = 32, 4096  # steps that could have had guesses until costs are measured again
 
@@ -91,6 +92,8 @@ class Speculation:
         self._said: dict[Request, _Said] = {}  # of the drafter, in the latest step
         self.cost: Cost = cost if cost is not None else StepCost()
         self._successors, self._chances = Successors(), Chances()
+        # What is drawn by chance is another word more often, so those replies have chances of their own.
+        self._chances_of_greedy = Chances()
         self._guessers: dict[Request, Guesser] = {}
         self._skipped, self._wait = 0, FIRST_PROBE
         self._unasked, self._pause = 0, FIRST_PROBE  # the same for the drafter
@@ -150,7 +153,8 @@ class Speculation:
             return [], []
         guesser = self._guessers.get(request)
         if guesser is None:
-            guesser = Guesser(len(request.prompt), self._successors, request.salt, self._chances)
+            chances = self._chances_of_greedy if is_greedy(request.params) else self._chances
+            guesser = Guesser(len(request.prompt), self._successors, request.salt, chances)
             self._guessers[request] = guesser
         behind = not guesser.follow(request.ids)
         if behind or request.params.max_tokens_per_second:  # then it waits for its next token anyway

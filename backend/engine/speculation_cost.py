@@ -28,6 +28,7 @@ class StepCost:
         self._medians: dict[int, float] = {}
         self._pace: float | None = None  # seconds of a step of one token, now
         self._steps = 0
+        self._measured = False  # whether enough steps of one token were seen
         self._curve = [0.0, 1.0]  # by size
         self.token = 0.0  # cost of drawing one token, in steps of one token
         self.guess = 0.2  # the same of a smaller model's step
@@ -41,10 +42,14 @@ class StepCost:
             self._pace = seconds / expected  # the first steps of all take longer, for reasons of their own
         self._steps += 1
         self._samples.setdefault(size, deque(maxlen=SAMPLES)).append(seconds / self._pace)
-        self._medians[size] = self._median(size)
-        if abs(self._medians.get(1, 1.0) - 1) > 0.02:
-            self._set_measure(self._medians[1])
-        self._curve = self._computed()
+        before, self._medians[size] = self._medians.get(size), self._median(size)
+        if size == 1 and not self._measured and len(self._samples[1]) >= FIRST:
+            self._measure_anew()
+            before = None
+        if before != self._medians[size]:
+            self._curve = self._computed()
+        if size == 1 and not self._measured:
+            return  # the first of these must not be measured by the next ones
         change = math.log(seconds / (expected * self._pace))
         self._pace *= math.exp(PACE * max(-LARGEST_CHANGE, min(LARGEST_CHANGE, change)))
 
@@ -72,9 +77,10 @@ class StepCost:
         guess = [1 + PRIOR * (size - 1)] if len(samples) < 3 else []
         return median_low([*samples, *guess])
 
-    def _set_measure(self, one: float) -> None:
-        """A step of one token is the measure of all: what is called `one` now is 1 from now on."""
+    def _measure_anew(self) -> None:
+        """Once: until steps of one token were seen, the pace was a guess, and so is what was measured by it."""
         assert self._pace is not None
+        self._measured, one = True, self._medians[1]
         self._pace *= one
         for size, samples in self._samples.items():
             for place in range(len(samples)):
@@ -82,7 +88,10 @@ class StepCost:
             self._medians[size] = self._median(size)
 
     def _computed(self) -> list[float]:
-        points = {1: 1.0} | self._medians
+        # The pace follows the mean, and what disturbs a step makes it longer: the median of steps of one token lies
+        # below 1, and that of all others as far below theirs.
+        one = self._medians.get(1, 1.0)
+        points = {1: 1.0} | {size: max(1.0, median / one) for size, median in self._medians.items()}
         sizes = sorted(points)
         for size, larger in zip(reversed(sizes[:-1]), reversed(sizes[1:]), strict=True):
             points[size] = min(points[size], points[larger])  # more tokens never cost less

@@ -6,10 +6,11 @@ the chances are learned at no cost, also while nothing is speculated.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from backend.engine.speculation_index import ORDERS, Repeats, Successors
+from backend.engine.speculation_index import LONGEST, ORDERS, Repeats, Successors
 
 Guess = tuple[list[int], list[float]]  # tokens that may come next, and of each the chance if those before it do
 SURENESS = 5  # kinds of guesses of a smaller model, by how sure it is; and one more: any of them
@@ -22,10 +23,13 @@ LENGTHS = (1, 2, 3, 4, 6, 10)  # matches up to so long share a chance; the last 
 MEMORY = 0.9  # how much of what a sequence has seen counts after one more of the same kind
 LONG_MEMORY = 0.98  # the same for the engine
 AT_ONCE = 4096  # tokens of a long prompt that are looked at between two steps: some milliseconds
-TRUST = 3.0  # guesses of a sequence's own that count as much as all of the engine's
+TRUST = 6.0  # guesses of a sequence's own that count as much as all of the engine's
+HOPELESS = 0.03  # a guess that is used so seldom is left out, and those after it
+# The number of the chance that matches of each length share; those longer than LONGEST are not told apart.
+KINDS = [bisect_left(LENGTHS, length) for length in range(LONGEST + 1)]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Chance:
     """Of one kind of guess: right ones among all, older ones counting less."""
 
@@ -51,12 +55,11 @@ class Chances:
 
     def of(self, source: str, kind: int) -> float:
         """The chance of the next guess of this kind, above 0 and below 1."""
-        own = self._kinds.get((source, kind))
-        if self._engine is None:
-            assert own is not None
-            return own.right / own.tried
-        base = self._engine.of(source, kind)
-        return base if own is None else (base * TRUST + own.right) / (TRUST + own.tried)
+        engine = self._engine or self
+        base = engine._kinds[source, kind]
+        chance = base.right / base.tried
+        own = None if engine is self else self._kinds.get((source, kind))
+        return chance if own is None else (chance * TRUST + own.right) / (TRUST + own.tried)
 
     def add(self, source: str, kind: int, hit: bool) -> None:
         own = self._kinds.setdefault((source, kind), _Chance(0.0, 0.0))
@@ -74,6 +77,9 @@ class Guesser:
         self._repeats, self._successors, self._salt = Repeats(), successors, salt
         self._chances = Chances(chances)
         self._prompt = prompt_tokens
+        self._looked_up: tuple[int, int, int] | None = (
+            None  # after so many tokens: what was said of the next, as `after`
+        )
 
     def follow(self, ids: Sequence[int]) -> bool:
         """The sequence is `ids` now. False: that was too many new tokens at once, and the rest comes next time."""
@@ -88,46 +94,60 @@ class Guesser:
 
     def shorten(self, tokens: int) -> None:
         """All but the first `tokens` tokens of the sequence were taken back."""
+        self._looked_up = None
         self._repeats.rewind(max(0, len(self._repeats.ids) - tokens))
 
     def guess(self, count: int) -> Guess:
-        """At most `count` tokens that may come next."""
+        """At most `count` tokens that may come next, as long as there is some hope for them."""
         repeats, chances = self._repeats, self._chances
         length = repeats.length
-        learned, order = self._successors.after(self._salt, repeats.ids)
-        repeated = chances.of("repeat", _kind(length)) if length else 0.0
+        _, order = self._learned()
+        repeated = chances.of("repeat", KINDS[length]) if length else 0.0
         if order and chances.of("learned", _place(order)) > repeated:
             return self._chain(count)
-        tokens = repeats.guess(count)
-        return tokens, [chances.of("repeat", _kind(length + n)) for n in range(len(tokens))]
+        sure: list[float] = []
+        used = 1.0
+        while length and len(sure) < count:
+            chance = chances.of("repeat", KINDS[min(length + len(sure), LONGEST)])
+            used *= chance
+            if used < HOPELESS:
+                break
+            sure.append(chance)
+        return repeats.guess(len(sure)), sure
+
+    def _learned(self) -> tuple[int, int]:
+        """What the engine's replies say of the next token: see `Successors.after`."""
+        ids = self._repeats.ids
+        if self._looked_up is None or self._looked_up[0] != len(ids):
+            self._looked_up = len(ids), *self._successors.after(self._salt, ids)
+        return self._looked_up[1:]
 
     def _chain(self, count: int) -> Guess:
         said = self._repeats.ids[-ORDERS[0] :]
         tokens: list[int] = []
         sure: list[float] = []
-        while len(tokens) < count:
-            token, order = self._successors.after(self._salt, said)
-            if not order:
+        token, order = self._learned()
+        used = 1.0
+        while order and len(tokens) < count:
+            chance = self._chances.of("learned", _place(order))
+            used *= chance
+            if used < HOPELESS:
                 break
             tokens.append(token)
-            sure.append(self._chances.of("learned", _place(order)))
+            sure.append(chance)
             said = [*said[1:], token]
+            token, order = self._successors.after(self._salt, said)
         return tokens, sure
 
     def _drawn(self, token: int) -> None:
         repeats, successors = self._repeats, self._successors
         if repeats.length:
-            self._chances.add("repeat", _kind(repeats.length), repeats.ids[repeats.at] == token)
-        guessed, order = successors.after(self._salt, repeats.ids)
+            self._chances.add("repeat", KINDS[repeats.length], repeats.ids[repeats.at] == token)
+        guessed, order = self._learned()
         if order:
             self._chances.add("learned", _place(order), guessed == token)
         successors.add(self._salt, repeats.ids, token)
         repeats.append(token)
-
-
-def _kind(length: int) -> int:
-    """The number of the chance that matches of this length share."""
-    return next((kind for kind, most in enumerate(LENGTHS) if length <= most), len(LENGTHS))
 
 
 def _place(order: int) -> int:
