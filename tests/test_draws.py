@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from backend.errors import SamplingError
 from backend.kernels.cpu import draws
 from backend.kernels.cpu.draws import Cut, Draw, finite_rows
 from backend.params import GenerationParams
@@ -88,6 +89,43 @@ def test_what_is_removed_is_never_drawn(variant: str, place: int) -> None:
     row = torch.full((4999,), NEVER)
     row[place] = -1e30
     assert {draw(row, uniform) for uniform in (0.0, 0.5, 0.999999)} == {place}
+
+
+@pytest.mark.parametrize("size", [5, 300, 4111])
+def test_what_is_barred_counts_as_removed(variant: str, size: int) -> None:
+    draw = Draw.of([("top_k", 3), ("temperature", 1.5)])
+    assert draw is not None
+    random = np.random.default_rng(size)
+    for count in (1, 3, min(size - 1, 1021)):
+        row = torch.from_numpy(random.standard_normal(size).astype(np.float32))
+        best = row.argsort(descending=True)[:count]
+        removed = row.index_fill(0, best, NEVER)
+        for uniform in random.random(20):
+            assert draw(row, uniform, best.tolist()) == draw(removed, uniform)
+        assert draw(row, 0.5, [size, size + 7]) == draw(row, 0.5), "ids of no row bar nothing"
+    assert draw(row[:3], 0.5, [0, 1, 2]) == -1
+
+
+@pytest.mark.parametrize("ends", [1, 100, 2000])
+@pytest.mark.parametrize("values", [{"ignore_eos": True}, {"min_tokens": 5, "stop_token_ids": (8, 11)}])
+def test_what_would_end_a_reply_is_barred_as_by_torch(values: dict[str, object], ends: int, variant: str) -> None:
+    """As long as it must not end; of 2,000 that are too many for the short way it is the long one."""
+    params = GenerationParams(seed=5, temperature=1.3, **values)  # type: ignore[arg-type]
+
+    def drawn(compiled: bool) -> list[int | None]:
+        numbers = np.random.Generator(np.random.Philox(5))
+        own = Sampler(params, (), lambda: float(numbers.random()), end_ids=frozenset(range(ends)), compiled=compiled)
+        assert own._direct == (compiled and ends < 1000)
+        random = torch.Generator().manual_seed(1)
+        return [own.next(torch.randn(3000, generator=random) * 3).token for _ in range(60)]
+
+    found = drawn(True)
+    assert found == drawn(False)
+    if "ignore_eos" in values:
+        assert min(token or 0 for token in found) >= ends
+    none_left = Sampler(params, (), lambda: 0.5, end_ids=frozenset(range(ends)))
+    with pytest.raises(SamplingError, match="leave no token"):
+        none_left.next(torch.zeros(1))
 
 
 def test_a_row_of_another_row_and_one_that_is_not_in_one_piece(variant: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,8 +24,11 @@ from backend.engine.threads import AllThreads
 from backend.kernels.cpu import steps
 from backend.kernels.cpu.plain import KINDS
 from backend.model.llama import Llama, Multiply
+from backend.model.rope import Rope
 from backend.weights.linear import BiasedLinear, PlainLinear, SplitLinear
 from backend.weights.tiled import TiledLinear
+
+TURNS_AT_ONCE = 1024  # positions whose turns are computed together: a millisecond
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class CompiledStep:
             head_bytes=keys.stride(1) * keys.itemsize,
             kind=steps.KINDS[keys.dtype],
         )
+        self._turns = _Turns(model.rope, config.head_dim, pool.keys.shape[2])
         self._workspace = library.suri_workspace_new()
 
     @classmethod
@@ -128,14 +133,12 @@ class CompiledStep:
 
     def begin(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int]) -> Going:
         """The same, to be computed by `go_on`."""
-        model = self._model
-        x = model.embedding(torch.tensor(ids)).contiguous()
-        positions = torch.tensor([at for part in parts for at in range(part.start, part.start + part.count)])
-        turns = torch.view_as_real(model.rope.turns(positions)).contiguous()
-        tables = [torch.tensor(part.blocks, dtype=torch.int32) for part in parts]
+        x = self._model.embedding(torch.tensor(ids)).contiguous()
+        turns = self._turns.of([at for part in parts for at in range(part.start, part.start + part.count)])
+        tables = [array("i", part.blocks) for part in parts]
         spans = (steps.Span * len(parts))(
             *(
-                steps.Span(part.first, part.count, part.start, table.data_ptr(), part.prompt)
+                steps.Span(part.first, part.count, part.start, table.buffer_info()[0], part.prompt)
                 for part, table in zip(parts, tables, strict=True)
             )
         )
@@ -175,6 +178,23 @@ class CompiledStep:
     def __del__(self) -> None:
         if getattr(self, "_workspace", None):
             self._library.suri_workspace_free(self._workspace)
+
+
+class _Turns:
+    """The turns of all positions so far, computed once: most steps need one more than the step before."""
+
+    def __init__(self, rope: Rope, head_dim: int, positions: int) -> None:
+        """`positions`: as many as a sequence can have. Memory is taken when it is first written to."""
+        self._rope, self._known = rope, 0
+        self._table = torch.empty(positions, head_dim)
+
+    def of(self, positions: Sequence[int]) -> torch.Tensor:
+        """float32 (tokens, head_dim): cosine and sine of each pair."""
+        while self._known <= max(positions) and self._known < len(self._table):
+            chunk = torch.arange(self._known, min(self._known + TURNS_AT_ONCE, len(self._table)))
+            self._table[self._known : self._known + len(chunk)] = torch.view_as_real(self._rope.turns(chunk)).flatten(1)
+            self._known += len(chunk)
+        return self._table.index_select(0, torch.tensor(positions))
 
 
 def _stack(product: Multiply, *, plain: bool) -> steps.Stack | None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from backend.errors import SamplingError
-from backend.kernels.cpu.draws import Draw
+from backend.kernels.cpu.draws import MOST, Draw
 from backend.params import GenerationParams
 from backend.sampling import samplers
 from backend.sampling.banned import BannedTexts
@@ -24,6 +24,8 @@ from backend.sampling.history import History
 from backend.sampling.mirostat import Mirostat
 
 BANNED_BIAS = -100.0  # this logit bias, the lowest, removes the token
+NONE_LEFT = "the reply's rules (banned texts, biases, grammar) leave no token to go on with"
+NOTHING: frozenset[int] = frozenset()
 MOST_REWINDS = 20  # to one place; then the token that would complete the banned text is refused where it stands
 
 
@@ -95,6 +97,14 @@ class Sampler:
         )
         self._refused: dict[int, _Refused] = {}  # by place in the reply
         self._ends, self._all_ends = end_ids, end_ids | set(params.stop_token_ids)
+        # Where no step looks at the row before the draw, and no rule but that the reply must not end, the row need not
+        # be copied for it.
+        ruled = bool(params.logit_bias) or matcher is not None or self._banned is not None
+        self._direct = (
+            self._drawing is not None
+            and not (self._steps or ruled)
+            and self._drawing.keeps + len(self._all_ends) <= MOST
+        )
         self._taken = 0
 
     @property
@@ -112,6 +122,12 @@ class Sampler:
 
         Raises SamplingError when the rules leave no token.
         """
+        if self._direct and self._drawing is not None:
+            place = self._drawing(logits, 0.0 if self._greedy else self._uniform(), self._barred())
+            if place >= 0:
+                self._take(place, place)
+                return Drawn(place)
+            raise SamplingError(NONE_LEFT)
         while True:
             row = Row(self._ruled(logits))
             for step in self._steps:
@@ -173,23 +189,25 @@ class Sampler:
         if refused.began and not refused.closed:
             refused.closed = True
             return self._ruled(logits)
-        raise SamplingError("the reply's rules (banned texts, biases, grammar) leave no token to go on with")
+        raise SamplingError(NONE_LEFT)
 
     def _allowed(self, logits: torch.Tensor, refused: _Refused) -> torch.Tensor:
         params, row = self._params, logits
         if params.logit_bias:
             row = _biased(row, params.logit_bias)
-        barred = refused.tokens()
-        if params.ignore_eos:
-            barred = barred | self._ends
-        if self._taken < params.min_tokens:
-            barred = barred | self._all_ends
+        barred = refused.tokens() | self._barred()
         if barred:
             places = torch.tensor([token for token in sorted(barred) if token < row.numel()], dtype=torch.int64)
             row = samplers.without(row, places.to(row.device))
         if self._matcher is not None:
             row = self._matched(row, logits)
         return row
+
+    def _barred(self) -> frozenset[int]:
+        """What would end the reply, where it must go on."""
+        if self._taken < self._params.min_tokens:
+            return self._all_ends
+        return self._ends if self._params.ignore_eos else NOTHING
 
     def _matched(self, row: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """What the grammar allows. Where it allows an end only, the reply ends, whatever `min_tokens` says."""

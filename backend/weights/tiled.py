@@ -86,8 +86,9 @@ class TiledEmbedding:
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         weight = self._weight
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < weight.out_features:
-            raise IndexError(f"ids are from 0 to {weight.out_features - 1}, found {ids.min()} to {ids.max()}")
+        low, high = (int(end) for end in torch.aminmax(ids)) if len(ids) else (0, 0)
+        if low < 0 or high >= weight.out_features:
+            raise IndexError(f"ids are from 0 to {weight.out_features - 1}, found {low} to {high}")
         return looked_up(weight._compiled, weight.tiles, weight.format, weight.in_features, ids)
 
     def nbytes(self) -> int:

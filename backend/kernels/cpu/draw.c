@@ -134,16 +134,33 @@ static int64_t drawn(struct candidate *of, int64_t count, double uniform) {
     return of[count - 1].id;
 }
 
+/* Without those that must not be drawn. Candidates keep their order. */
+static int64_t allowed(struct candidate *of, int64_t count, const int64_t *barred, int64_t barred_count) {
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t n = 0;
+        while (n < barred_count && barred[n] != of[i].id) n++;
+        if (n == barred_count) of[left++] = of[i];
+    }
+    return left;
+}
+
 /* The id at which the cumulative distribution, in order of ids, first exceeds `uniform` in [0, 1). logits (count,):
- * finite or -inf, at least one finite. The first cut is a TOP_K. -1: that is not so, or it keeps too many. */
-int64_t suri_draw(const float *logits, int64_t count, const struct suri_cut *cuts, int64_t length, double uniform) {
+ * finite or -inf, at least one finite. `barred`: ids that count as -inf. The first cut is a TOP_K. -1: that is not so, or
+ * it keeps too many, or all are barred. */
+int64_t suri_draw(const float *logits, int64_t count, const struct suri_cut *cuts, int64_t length, double uniform,
+                  const int64_t *barred, int64_t barred_count) {
     struct candidate of[MOST];
-    if (length < 1 || count < 1 || cuts->cut != TOP_K || cuts->value < 1 || cuts->value > MOST) return -1;
-    struct heap heap = {of, 0, (int64_t)cuts->value};
+    if (length < 1 || count < 1 || cuts->cut != TOP_K || cuts->value < 1 || cuts->value + (double)barred_count > MOST)
+        return -1;
+    struct heap heap = {of, 0, (int64_t)cuts->value + barred_count};
     likeliest(logits, count, &heap);
     int64_t left = heap.count;
     qsort(of, (size_t)left, sizeof *of, falling);
-    while (left > 1 && of[left - 1].logit == -INFINITY) left--;
+    left = allowed(of, left, barred, barred_count);
+    if (left > (int64_t)cuts->value) left = (int64_t)cuts->value;
+    while (left && of[left - 1].logit == -INFINITY) left--;
+    if (!left) return -1;
     for (int64_t n = 1; n < length; n++) {
         double value = cuts[n].value;
         if (cuts[n].cut == TOP_K && value < (double)left) left = (int64_t)value;

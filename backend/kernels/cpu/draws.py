@@ -7,7 +7,7 @@ back, which takes longer than that.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Literal
 
@@ -34,7 +34,7 @@ def _functions() -> ctypes.PyDLL | None:
 
 def with_types(compiled: ctypes.PyDLL) -> ctypes.PyDLL:
     address, size = ctypes.c_void_p, ctypes.c_int64
-    compiled.suri_draw.argtypes = (address, size, ctypes.POINTER(_Cut), size, ctypes.c_double)
+    compiled.suri_draw.argtypes = (address, size, ctypes.POINTER(_Cut), size, ctypes.c_double, address, size)
     compiled.suri_draw.restype = size
     compiled.suri_finite.argtypes = (address, size, size, address)
     compiled.suri_finite.restype = None
@@ -45,7 +45,7 @@ class Draw:
     """Cuts and a draw. `cuts`: the first is a top-k of at most `MOST`; `min_p` as the natural log of the share."""
 
     def __init__(self, compiled: ctypes.PyDLL, cuts: Sequence[tuple[Cut, float]]) -> None:
-        self._compiled = compiled
+        self._compiled, self.keeps = compiled, int(cuts[0][1])  # candidates at most
         self._cuts = (_Cut * len(cuts))(*(_Cut(CUTS.index(cut), value) for cut, value in cuts))
 
     @classmethod
@@ -56,10 +56,15 @@ class Draw:
             return None
         return cls(compiled, cuts)
 
-    def __call__(self, logits: torch.Tensor, uniform: float) -> int:
-        """The place of the token in the row. logits: float32 (n,) on the CPU, finite or -inf."""
+    def __call__(self, logits: torch.Tensor, uniform: float, barred: Collection[int] = ()) -> int:
+        """The place of the token in the row. logits: float32 (n,) on the CPU, finite or -inf. `barred`: places that
+        count as -inf; with those that are kept, `MOST` of them at most. -1 where none is left."""
         logits = logits.contiguous()
-        place = self._compiled.suri_draw(logits.data_ptr(), logits.numel(), self._cuts, len(self._cuts), uniform)
+        count, places = len(barred), None
+        if count:
+            places = (ctypes.c_int64 * count)(*barred)
+        cuts = self._cuts
+        place = self._compiled.suri_draw(logits.data_ptr(), logits.numel(), cuts, len(cuts), uniform, places, count)
         return int(place)
 
 

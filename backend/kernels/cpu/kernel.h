@@ -224,12 +224,14 @@ INLINE void tiles_of(enum format format, const struct suri_product *p, int64_t f
     free(filled);
 }
 
-/* Values of rows 16 first .. 16 last as float32, (rows, columns): what the codes mean, without activations. */
+/* Values of rows 16 first .. 16 last as float32, (rows, columns): what the codes mean, without activations. Of each 16
+ * rows those from p->first to p->last only, unless that is 0. */
 INLINE void values_of(enum format format, const struct suri_product *p, int64_t first, int64_t last) {
     struct shape shape = shape_of(format);
     int64_t blocks = p->columns / (GROUP * shape.groups);
     for (int64_t n = first; n < last; n++) {
-        int rows = p->rows - n * LANES < LANES ? (int)(p->rows - n * LANES) : LANES;
+        int rows = p->rows - n * LANES < LANES ? (int)(p->rows - n * LANES) : LANES, row = (int)p->first;
+        if (p->last) rows = (int)p->last;
         for (int64_t b = 0; b < blocks; b++) {
             const uint8_t *from = p->tiles + (n * blocks + b) * LANES * shape.bytes;
             struct record record;
@@ -243,8 +245,8 @@ INLINE void values_of(enum format format, const struct suri_product *p, int64_t 
                 store_floats(scale, group.scale);
                 if (shape.halved) store_floats(second, group.second);
                 if (shape.minimum) store_floats(minimum, group.minimum);
-                for (int r = 0; r < rows; r++) {
-                    float *to = p->out + (n * LANES + r) * p->stride + (b * shape.groups + g) * GROUP;
+                for (int r = row; r < rows; r++) {
+                    float *to = p->out + (n * LANES + r - row) * p->stride + (b * shape.groups + g) * GROUP;
                     for (int j = 0; j < GROUP; j++) {
                         float own = shape.halved && j >= 16 ? second[r] : scale[r];
                         float value = (float)(codes[j / 4][r][j % 4] - shape.offset) * own;

@@ -206,18 +206,15 @@ static void rows_part(const void *argument, int64_t first, int64_t last) {
     const struct looking_up *l = argument;
     const struct shape shape = shape_of((enum format)l->format);
     const int64_t tile_bytes = l->columns / (GROUP * shape.groups) * LANES * shape.bytes;
-    float *tile = malloc((size_t)(LANES * l->columns) * sizeof(float));
-    if (!tile) abort();
     for (int64_t n = first; n < last; n++) {
+        const int64_t row = l->ids[n] % LANES;
         const uint8_t *from = l->tiles + l->ids[n] / LANES * tile_bytes;
-        struct suri_product p = {l->format, LANES, l->columns, from, 0, tile, l->columns, 0, 0, 0};
+        struct suri_product p = {l->format, LANES, l->columns, from, 0, l->out + n * l->columns, l->columns, row, row + 1, 0};
         values_tiles(&p, 0, 1);
-        memcpy(l->out + n * l->columns, tile + l->ids[n] % LANES * l->columns, (size_t)l->columns * sizeof(float));
     }
-    free(tile);
 }
 
-/* Rows ids[0 .. count - 1] of the weight as float32 values, (count, columns). A whole tile is decoded for each. */
+/* Rows ids[0 .. count - 1] of the weight as float32 values, (count, columns). */
 void suri_rows(int format, const uint8_t *tiles, int64_t columns, const int64_t *ids, int64_t count, float *out,
                int threads) {
     struct looking_up looking_up = {format, tiles, columns, ids, out};
