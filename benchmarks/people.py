@@ -3,6 +3,9 @@
 Peer: llama.cpp's server (`xllamacpp`) with as many slots, on the same file. Both run in processes of their own and are
 asked over HTTP by the same client; rounds are interleaved. The client and the readers' events take part of the same
 cores, for both. The worst gap before the long prompt comes in says what the machine itself does to a reply.
+
+The same file with `weights: bf16` is multiplied by torch, one operation after the other: there a step waits for memory,
+so more people cost little. Compiled products of 4-bit blocks wait less, and what people add weighs more.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from backend.runtime import compute_threads
 from backend.settings import PROJECT, Settings
 from benchmarks.peers import XLLAMACPP, python_with
 
-NAME = "people"
+NAME, TORCH = "people", "suri, torch operations"
 PEOPLE, REPLY, ROUNDS = 8, 96, 3
 LONG_PROMPT, TALKED = 4000, 400  # tokens that come in; events of the running chat before that
 PEER = """
@@ -62,6 +65,7 @@ def run() -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ports = {f"suri, speculation {kind}": stack.enter_context(_ours(folder, kind)) for kind in ("off", "auto")}
+        ports[TORCH] = stack.enter_context(_ours(folder, "off", "bf16"))
         try:
             ports["llama.cpp server"] = stack.enter_context(_peer(path))
         except RuntimeError as error:
@@ -69,15 +73,17 @@ def run() -> dict[str, Any]:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
         for number in range(ROUNDS + 1):  # the first round warms up
             for name, port in ports.items():
-                row = asyncio.run(_measure(port, number))
+                row = asyncio.run(_measure(port, number, gaps=name != TORCH))
                 if number:
                     found[name].append(row)
     rows = {name: {key: statistics.median(row[key] for row in each) for key in each[0]} for name, each in found.items()}
     for name, row in rows.items():
+        print(f"{name:22} one {row['one']:6.1f} tokens/s, {PEOPLE} people {row['all']:6.1f} ({row['times']:.2f} x)")
+        if "gap" not in row:
+            continue
         gaps = f"median {1000 * row['gap_median']:.1f}, 99 of 100 {1000 * row['gap_99']:.1f}"
         gaps += f", worst {1000 * row['gap_worst']:.1f} ms"
         print(
-            f"{name:22} one {row['one']:6.1f} tokens/s, {PEOPLE} people {row['all']:6.1f} ({row['times']:.2f} x)\n"
             f"{'':22} gap {1000 * row['gap']:.1f}, worst {1000 * row['gap_worst_before']:.1f} ms; "
             f"while {LONG_PROMPT} tokens come in {gaps} "
             f"({row['worst_in_gaps']:.1f} x), read in {row['prompt_seconds']:.1f} s"
@@ -88,14 +94,20 @@ def run() -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def _measure(port: int, number: int) -> dict[str, float]:
-    """One round: one stream, all people, and a long prompt beside a running chat. Every prompt is a new one."""
+async def _measure(port: int, number: int, *, gaps: bool) -> dict[str, float]:
+    """One round: one stream, all people, and, where `gaps`, a long prompt beside a running chat. Every prompt is a new
+    one."""
     begin = time.perf_counter()
     one = await _ask(port, _prompt(number, 0, 40), REPLY)
     alone = one.tokens / (time.perf_counter() - begin)
     begin = time.perf_counter()
     streams = await asyncio.gather(*(_ask(port, _prompt(number, person, 40), REPLY) for person in range(1, PEOPLE + 1)))
     together = sum(stream.tokens for stream in streams) / (time.perf_counter() - begin)
+    speeds = {"one": alone, "all": together, "times": together / alone}
+    return speeds | await _gaps(port, number) if gaps else speeds
+
+
+async def _gaps(port: int, number: int) -> dict[str, float]:
     chat = Stream()
     talking = asyncio.create_task(_ask(port, _prompt(number, 50, 40), 2000, chat))
     while len(chat.times) < TALKED:
@@ -108,9 +120,6 @@ async def _measure(port: int, number: int) -> dict[str, float]:
     talking.cancel()
     gaps = [*chat.gaps(asked, answered), answered - chat.times[-1]]
     return {
-        "one": alone,
-        "all": together,
-        "times": together / alone,
         "gap": normal,
         "gap_worst_before": max(before),
         "gap_median": statistics.median(gaps),
@@ -162,11 +171,12 @@ async def _ask(port: int, prompt: list[int], tokens: int, stream: Stream | None 
 
 
 @contextlib.contextmanager
-def _ours(folder: Path, speculation: str) -> Iterator[int]:
-    preset = folder / f"starter-{speculation}.yaml"
-    preset.write_text(f"model: starter\nspeculation: {speculation}\n", encoding="utf-8")
+def _ours(folder: Path, speculation: str, weights: str = "original") -> Iterator[int]:
+    name = f"starter-{speculation}-{weights}"
+    preset = folder / f"{name}.yaml"
+    preset.write_text(f"model: starter\nspeculation: {speculation}\nweights: {weights}\n", encoding="utf-8")
     port = _free_port()
-    flags = ["--api-only", "--port", str(port), "--preset", str(preset), "--data-dir", str(folder / speculation)]
+    flags = ["--api-only", "--port", str(port), "--preset", str(preset), "--data-dir", str(folder / name)]
     with _running([sys.executable, "webui.py", *flags], port):
         yield port
 

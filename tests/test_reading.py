@@ -121,8 +121,20 @@ def test_seconds_that_a_step_may_read() -> None:
     pace = pacing.Pacing(128)
     assert pace.seconds(0) == pacing.LONGEST
     pace.record(2, 0, 0.010)
-    assert pace.seconds(2) == pytest.approx(0.015)
-    assert pace.seconds(2, 1, spent=0.015) == pytest.approx(0.010), "what took longer leaves less"
-    assert pace.seconds(2, 6, spent=0.010) == pytest.approx(0.045)
+    fitting = (pacing.MOST - 1) * 0.010
+    assert pace.seconds(2) == pytest.approx(fitting)
+    assert pace.seconds(2, 1, spent=0.012) == pytest.approx(fitting - 0.002), "what took longer leaves less"
+    assert pace.seconds(2, 6, spent=0.010) == pytest.approx(3 * fitting)
     assert pace.seconds(2, 100, spent=0.010) == pytest.approx(pacing.BRIEF)
     assert pace.seconds(2, 1, spent=1.0) < 0, "then one layer is read all the same"
+
+
+def test_several_short_prompts_are_read_in_a_few_long_gaps() -> None:
+    pace = pacing.Pacing(128)
+    pace.record(2, 0, 0.010)
+    fitting = (pacing.MOST - 1) * 0.010
+    assert pace.seconds(2, 2, tokens=80) == pytest.approx(fitting), "nobody knows yet how long they take"
+    pace.record(0, 100, 0.100)
+    assert pace.seconds(2, 2, tokens=80) == pytest.approx(pacing.BRIEF)
+    assert pace.seconds(2, 2, tokens=4000) == pytest.approx(fitting), "long ones take turns with those who write"
+    assert pace.seconds(2, 1, tokens=40) == pytest.approx(fitting), "one alone is read beside them"

@@ -15,7 +15,7 @@ from collections import deque
 from math import inf
 from statistics import median
 
-MOST = 2.5  # a step that writes and reads, in steps that only write
+MOST = 2.0  # a step that writes and reads, in steps that only write
 BRIEF = 0.1  # seconds: a gap in a reply that is as good as none, once
 SHORT = 2.5  # such gaps at most, in which several prompts together are read: else they are no short ones
 LONGEST = 0.5  # seconds of a step that only reads
