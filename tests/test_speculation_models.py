@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from backend.engine import speculation, speculation_guess
 from backend.engine.request import Request
 from backend.engine.scheduler import Work
 from backend.engine.speculation import MOST_ALIKE, MOST_IN_STEP, Speculation
@@ -59,10 +60,13 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     else:
         path = write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", TinyModel(scale=0.3))
         changes = {"context": 256, "weights": "f32"}
-    runtimes = loaded(path, speculation="off", **changes), always(loaded(path, **changes))
-    yield runtimes
-    for runtime in runtimes:
-        runtime.close(drain=False)
+    with pytest.MonkeyPatch.context() as patch:  # every guess that there is, however hopeless
+        patch.setattr(speculation, "UNUSED", 10**9)
+        patch.setattr(speculation_guess, "HOPELESS", 0.0)
+        runtimes = loaded(path, speculation="off", **changes), always(loaded(path, **changes))
+        yield runtimes
+        for runtime in runtimes:
+            runtime.close(drain=False)
 
 
 SAMPLED: list[dict[str, Any]] = [

@@ -25,6 +25,7 @@ MOST_IN_STEP = 48  # tokens: guesses, and one more for each sequence
 MOST_ALIKE = 4
 LEAST_GAIN = 1.08  # expected tokens a second, beside those of a plain step
 MOST_OF_DRAFTER = 8  # guesses of a smaller model in one step: each is a step of its own
+UNUSED, TOGETHER = 16, 4  # after so many steps in which no guess was worth it, so many tokens are looked at together
 FIRST_PROBE, LAST_PROBE = 32, 4096  # steps that could have had guesses until costs are measured again
 
 
@@ -121,6 +122,9 @@ class Speculation:
         drafted = []
         for item, (tokens, _), width in zip(work, guesses, widths, strict=True):
             width = room(item.request, width) if width else 0
+            guesser = self._guessers.get(item.request)
+            if guesser is not None:
+                guesser.unused = 0 if width else guesser.unused + 1
             drafted.append(Work(item.request, item.tokens, tuple(tokens[:width])) if width else item)
         return drafted
 
@@ -156,6 +160,8 @@ class Speculation:
             chances = self._chances_of_greedy if is_greedy(request.params) else self._chances
             guesser = Guesser(len(request.prompt), self._successors, request.salt, chances)
             self._guessers[request] = guesser
+        if guesser.unused >= UNUSED and len(request.ids) - guesser.known < TOGETHER:
+            return [], []  # nearly all that this costs is to begin
         behind = not guesser.follow(request.ids)
         if behind or request.params.max_tokens_per_second:  # then it waits for its next token anyway
             return [], []

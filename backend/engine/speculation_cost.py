@@ -15,6 +15,7 @@ SAMPLES = 31  # of each size of step; their median counts
 PRIOR = 0.2  # what every further token is thought to cost before anything was measured
 PACE = 0.3  # how fast the pace follows
 FIRST = 8  # steps by which the pace is found
+SELDOM = 4  # of steps of one token, which are many, the median is taken after so many steps
 LARGEST_CHANGE = 0.7  # of the pace by one step, in natural logs: a step during which the system did something else
 DRAWS = 0.1  # how fast the cost of drawing follows
 SIZES = 64  # tokens; larger steps are not looked at
@@ -42,16 +43,20 @@ class StepCost:
             self._pace = seconds / expected  # the first steps of all take longer, for reasons of their own
         self._steps += 1
         self._samples.setdefault(size, deque(maxlen=SAMPLES)).append(seconds / self._pace)
+        if size != 1 or not self._measured or self._steps % SELDOM == 0:
+            self._learn(size)
+        if size == 1 and not self._measured:
+            return  # the first of these must not be measured by the next ones
+        change = math.log(seconds / (expected * self._pace))
+        self._pace *= math.exp(PACE * max(-LARGEST_CHANGE, min(LARGEST_CHANGE, change)))
+
+    def _learn(self, size: int) -> None:
         before, self._medians[size] = self._medians.get(size), self._median(size)
         if size == 1 and not self._measured and len(self._samples[1]) >= FIRST:
             self._measure_anew()
             before = None
         if before != self._medians[size]:
             self._curve = self._computed()
-        if size == 1 and not self._measured:
-            return  # the first of these must not be measured by the next ones
-        change = math.log(seconds / (expected * self._pace))
-        self._pace *= math.exp(PACE * max(-LARGEST_CHANGE, min(LARGEST_CHANGE, change)))
 
     def observe_draw(self, seconds: float) -> None:
         """Drawing a token from its logits, and handing it on, took so long."""

@@ -77,13 +77,19 @@ class Guesser:
         self._repeats, self._successors, self._salt = Repeats(), successors, salt
         self._chances = Chances(chances)
         self._prompt = prompt_tokens
+        self.unused = 0  # steps since one of its guesses was evaluated
         self._looked_up: tuple[int, int, int] | None = (
             None  # after so many tokens: what was said of the next, as `after`
         )
 
+    @property
+    def known(self) -> int:
+        """Tokens of the sequence that were looked at."""
+        return len(self._repeats.ids)
+
     def follow(self, ids: Sequence[int]) -> bool:
         """The sequence is `ids` now. False: that was too many new tokens at once, and the rest comes next time."""
-        known = len(self._repeats.ids)
+        known = self.known
         new = ids[known : known + AT_ONCE]
         for place, token in enumerate(new, known):
             if place < self._prompt:
