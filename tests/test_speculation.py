@@ -10,7 +10,7 @@ import pytest
 
 from backend.engine.request import Request
 from backend.engine.scheduler import Work
-from backend.engine.speculation import FIRST_PROBE, LEAST_GAIN, MOST_IN_STEP, Speculation
+from backend.engine.speculation import FIRST_PROBE, LEAST_GAIN, MOST_IN_STEP, TOGETHER, UNUSED, Speculation
 from backend.engine.speculation_cost import SIZES, StepCost
 from backend.engine.speculation_guess import AT_ONCE, Chances, Guesser
 from backend.engine.speculation_index import LONGEST, MOST_PLACES, Repeats, Successors
@@ -323,3 +323,29 @@ def test_steps_are_measured_without_prompts() -> None:
     one.computed = 0
     assert speculation.observe([Work(one, 3)], 0.3) == 1.0
     assert cost.seen == [3, 1]
+
+
+def test_where_nothing_is_worth_it_it_is_looked_for_seldom() -> None:
+    """And found again: at most so many steps after the text has begun to repeat itself."""
+    cost = Given(1.0, 1.1)
+    speculation, one, text = Speculation(cost), asked([1, 2, 3], max_tokens=200), iter(range(1000, 2000))
+    looked = 0
+    for _ in range(UNUSED + 10 * TOGETHER):
+        assert not speculation.add_drafts([Work(one, 1)], all_room)[0].drafts
+        seen = len(cost.seen)
+        assert speculation.observe([Work(one, 1)], 0.3) == 1.0
+        looked += len(cost.seen) - seen
+        one.ids.append(next(text))
+        one.computed += 1
+    assert UNUSED <= looked <= UNUSED + 12
+    for steps in range(2 * TOGETHER):
+        one.ids.append(1000 + steps)
+        one.computed += 1
+        if speculation.add_drafts([Work(one, 1)], all_room)[0].drafts:
+            break
+    assert steps <= TOGETHER + 2
+    other = asked([5, 6, 7, 8] * 5)
+    speculation._resting, speculation._rested = TOGETHER, 1
+    assert speculation.add_drafts([Work(one, 1), Work(other, 1)], all_room)[1].drafts, (
+        "somebody new is not kept waiting"
+    )

@@ -23,9 +23,9 @@ MOST_IN_STEP = 48  # tokens: guesses, and one more for each sequence
 # The same where a step is not one compiled call: more tokens would go through other products than a single one, which
 # round otherwise (kernels/cpu/plain.py, kernels/cuda/gemv.py), and the text would be another.
 MOST_ALIKE = 4
-LEAST_GAIN = 1.08  # expected tokens a second, beside those of a plain step
+LEAST_GAIN = 1.15  # expected tokens a second, beside those of a plain step
 MOST_OF_DRAFTER = 8  # guesses of a smaller model in one step: each is a step of its own
-UNUSED, TOGETHER = 16, 4  # after so many steps in which no guess was worth it, so many tokens are looked at together
+UNUSED, TOGETHER = 16, 8  # after so many steps in which no guess was worth it, so many tokens are looked at together
 FIRST_PROBE, LAST_PROBE = 32, 4096  # steps that could have had guesses until costs are measured again
 
 
@@ -96,6 +96,7 @@ class Speculation:
         # What is drawn by chance is another word more often, so those replies have chances of their own.
         self._chances_of_greedy = Chances()
         self._guessers: dict[Request, Guesser] = {}
+        self._resting = self._rested = 0  # steps for which nobody guesses, of so many sequences
         self._skipped, self._wait = 0, FIRST_PROBE
         self._unasked, self._pause = 0, FIRST_PROBE  # the same for the drafter
 
@@ -113,19 +114,26 @@ class Speculation:
 
         `room(request, n)` says for how many tokens, n at most, the request has room in the cache, and reserves it.
         """
+        if self._resting and len(work) == self._rested:
+            self._resting -= 1
+            return list(work)
+        self._resting = 0
         if any(item.tokens != 1 or not item.draws for item in work):
             return list(work)  # a prompt is being read, and the others wait for it long enough
         guesses = [self._guess(item) for item in work]
         if self._drafter is not None:
             guesses = self._with_drafter(self._drafter, work, guesses)
         widths = self._widths([sure for _, sure in guesses])
-        drafted = []
+        drafted, busy = [], self._drafter is not None
         for item, (tokens, _), width in zip(work, guesses, widths, strict=True):
             width = room(item.request, width) if width else 0
             guesser = self._guessers.get(item.request)
             if guesser is not None:
                 guesser.unused = 0 if width else guesser.unused + 1
+                busy = busy or guesser.unused < UNUSED
             drafted.append(Work(item.request, item.tokens, tuple(tokens[:width])) if width else item)
+        if not busy:
+            self._resting, self._rested = TOGETHER - 1, len(work)
         return drafted
 
     def observe(self, work: Sequence[Work], seconds: float) -> float:
@@ -133,7 +141,7 @@ class Speculation:
 
         Returns which share of it a step of the same sequences without guesses would have taken.
         """
-        if not all(item.tokens == 1 and item.draws for item in work):
+        if self._resting or not all(item.tokens == 1 and item.draws for item in work):
             return 1.0
         size = sum(item.evaluated for item in work)
         self.cost.observe(size, seconds)
@@ -141,7 +149,8 @@ class Speculation:
 
     def observe_draws(self, tokens: int, seconds: float) -> None:
         """Drawing so many tokens from their logits, and handing them on, took so long."""
-        self.cost.observe_draw(seconds / tokens)
+        if not self._resting:
+            self.cost.observe_draw(seconds / tokens)
 
     def rewound(self, request: Request) -> None:
         """Its last tokens were taken back."""
