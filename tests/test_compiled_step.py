@@ -15,11 +15,12 @@ import torch
 from backend.cache.int8 import quantised, values_of
 from backend.cache.kv import KVPool
 from backend.checkpoint.open import open_checkpoint
-from backend.engine.compiled import CompiledStep, Tokens
+from backend.engine.compiled import TURNS_AT_ONCE, CompiledStep, Tokens, _Turns
 from backend.engine.runner import Runner
 from backend.kernels.cpu import build, steps
 from backend.model.attention import attention, attention_twin
 from backend.model.llama import Llama
+from backend.model.rope import Rope
 from backend.placement.budget import CHUNK_TOKENS, workspace_bytes
 from backend.placement.load import load_model
 from backend.weights.linear import BiasedLinear, PlainLinear
@@ -353,3 +354,12 @@ def test_attention_of_prompts_is_that_of_the_formula(
         assert (own - expected).abs().max() < (2e-5 if count <= 16 else 0.03)
         coarse = 0.004 if kind == torch.bfloat16 else 0.008
         assert (own - expected).pow(2).mean().sqrt() < coarse * expected.pow(2).mean().sqrt()
+
+
+def test_turns_are_those_of_the_rope_wherever_a_sequence_stands() -> None:
+    rope = Rope(8, 10_000.0)
+    turns = _Turns(rope, 8, 2 * TURNS_AT_ONCE + 7)
+    for positions in ([0], [5, 3], [TURNS_AT_ONCE - 1, TURNS_AT_ONCE], [2 * TURNS_AT_ONCE + 6, 1, 1]):
+        assert torch.equal(turns.of(positions), torch.view_as_real(rope.turns(torch.tensor(positions))).flatten(1))
+    with pytest.raises(IndexError):
+        turns.of([2 * TURNS_AT_ONCE + 7])

@@ -78,9 +78,8 @@ class Guesser:
         self._chances = Chances(chances)
         self._prompt = prompt_tokens
         self.unused = 0  # steps since one of its guesses was evaluated
-        self._looked_up: tuple[int, int, int] | None = (
-            None  # after so many tokens: what was said of the next, as `after`
-        )
+        # After so many tokens: what was said of the next, as `Successors.after` has it.
+        self._looked_up: tuple[int, int, int] | None = None
 
     @property
     def known(self) -> int:
