@@ -98,7 +98,9 @@ def test_as_alone(seed: int) -> None:
         assert isinstance(expected, Reader)
         assert found.error is None
         if request.cancelled and found.reason == "cancelled":
-            assert found.ids == expected.ids[: len(found.ids)]
+            # Where it was stopped a banned text may have begun: that is shown then, else it would be taken back.
+            sure = len(found.ids) - (len("abc") - 1 if request.params.banned_strings else 0)
+            assert found.ids[: max(0, sure)] == expected.ids[: max(0, sure)]
             continue
         assert (found.ids, found.reason) == (expected.ids, expected.reason)
         assert request.prompt_scores == twin.prompt_scores
