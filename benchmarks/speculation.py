@@ -103,15 +103,16 @@ def _pair(runtime: Runtime, question: str, params: GenerationParams, number: int
         runs = {}
         for kind in (None, speculation) if number % 2 else (speculation, None):
             runtime.worker.ask(partial(setattr, runtime.engine, "speculation", kind))
-            runs[kind] = _ask(runtime, question, params, number)
+            runs[kind] = _ask(runtime, question, params, f"key:{number}, {'plain' if kind is None else 'guessing'}")
         return runs[None], runs[speculation]
     finally:
         runtime.worker.ask(partial(setattr, runtime.engine, "speculation", speculation))
 
 
-def _ask(runtime: Runtime, question: str, params: GenerationParams, number: int) -> Run:
-    """One reply; its prompt was read before. Every run is somebody else's, so nothing is learned from the others."""
-    person, messages = f"key:{number}", [Message("user", question)]
+def _ask(runtime: Runtime, question: str, params: GenerationParams, person: str) -> Run:
+    """One reply; its prompt was read before. Every run is somebody else's, so nothing is learned from the others, and
+    none finds more in the cache."""
+    messages = [Message("user", question)]
     list(runtime.start_chat(messages, dataclasses.replace(params, max_tokens=1), person=person))
     ids: list[int] = []
     begin = time.process_time()
