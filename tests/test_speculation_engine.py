@@ -241,10 +241,9 @@ def test_many_at_once_and_no_trace_of_wrong_guesses(blocks: int, monkeypatch: py
         assert [outcome(request) for request in requests] == expected
         assert 0 < engine.counts.accepted < engine.counts.drafted
         assert (engine.scheduler.counts.preemptions > 0) == (blocks == 26)
-        watched = engine.blocks
-        assert isinstance(watched, Watched)
+        assert isinstance(engine.blocks, Watched)
         texts = [tuple(request.ids) for request in requests]
-        for ids in watched.committed:
+        for ids in engine.blocks.committed:
             assert any(text[: len(ids)] == ids for text in texts)
 
 
