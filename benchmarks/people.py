@@ -4,8 +4,8 @@ Peer: llama.cpp's server (`xllamacpp`) with as many slots, on the same file. Bot
 asked over HTTP by the same client; rounds are interleaved. The client and the readers' events take part of the same
 cores, for both. The worst gap before the long prompt comes in says what the machine itself does to a reply.
 
-The same file with `weights: bf16` is multiplied by torch, one operation after the other: there a step waits for memory,
-so more people cost little. Compiled products of 4-bit blocks wait less, and what people add weighs more.
+With `weights: bf16` a step is no compiled call but one torch operation after the other; so are its products, but for
+those of 4 tokens at most. The same file is asked that way too, to tell what batching gives from what kernels give.
 """
 
 from __future__ import annotations
