@@ -26,7 +26,7 @@ from backend.text.messages import Message
 from benchmarks.tasks import TASKS
 
 NAME = "speculation"
-REPLY, RUNS, SEED = 256, 3, 7
+REPLY, RUNS, SEED = 256, 5, 7
 SIZES, BEFORE = (1, 2, 3, 4, 6, 8, 12, 16), 500  # tokens of a step, and of the context before it
 SAMPLINGS: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "as shipped": {}}
 
