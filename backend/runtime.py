@@ -54,6 +54,10 @@ from backend.tokenizer.open import open_tokenizer
 
 Progress = Callable[[LoadProgress], None]
 
+PLENTY = (
+    8  # where so many caches of the size would find memory, the whole of it is taken while nobody asks for anything
+)
+
 
 class Prepared:
     """Everything that can be known, and go wrong, before the weights are read."""
@@ -163,7 +167,8 @@ class Runtime:
         numbers = fingerprint(self.prepared.files, config, *way)
         self._keeper = Keeper(caches, numbers, self.blocks, self._kv, config.vocab_size)
         self._keeper.restore()
-        self.worker = Worker(engine, max_waiting)
+        plenty = self._kv.nbytes() * PLENTY <= free_bytes(plan.device)
+        self.worker = Worker(engine, max_waiting, self._kv.take_ahead if plenty else lambda: False)
         self._warm_up()
         self._keeper.mark()
         engine.records = self._records  # from now on: nobody asked for the first reply

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +72,28 @@ def test_a_tier_takes_memory_as_it_grows_and_never_more_than_its_limit() -> None
     assert sizes[-1] == (200 << 20) // tier.block_bytes
     assert tier.nbytes() == sizes[-1] * tier.block_bytes <= 200 << 20
     assert KVPool(SHAPE, 2, BLOCK, torch.float32, host_bytes=tier.block_bytes // 8).host is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not run: pages are asked for on Linux only")
+def test_memory_taken_ahead_is_there_and_keeps_what_is_in_it() -> None:
+    pool = KVPool(dataclasses.replace(SHAPE, n_layers=3), 2000, BLOCK, torch.float32)
+    pool.keys[1, 0, 5:9] = 7.0
+    if not pool.take_ahead():
+        pytest.skip("not run: a system before Linux 5.14")
+    while pool.take_ahead():
+        pass
+    assert bool((pool.keys[1, 0, 5:9] == 7.0).all())
+    begin = _faults()
+    for array in pool.arrays:
+        array.fill_(1.0)
+    assert _faults() - begin < 64, "no page is new"
+    assert not pool.take_ahead()
+
+
+def _faults() -> int:
+    import resource  # no module of Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def test_where_the_system_gives_no_memory_the_tier_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

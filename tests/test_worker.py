@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from backend.engine.worker import Worker
 from backend.errors import UnloadingError
 from backend.params import GenerationParams
 from backend.presets import Preset
@@ -32,3 +33,28 @@ def test_errands_are_done_by_the_engines_thread_while_somebody_is_answered(runti
     runtime.close(drain=False)
     with pytest.raises(UnloadingError):
         runtime.worker.ask(lambda: 7)
+
+
+def test_what_is_done_meanwhile_waits_for_nobody_and_ends(tiny_path: Callable[..., Path]) -> None:
+    path = tiny_path(weights="Q4_1")
+    runtime = Runtime(Prepared(Preset("meanwhile", str(path)), path), max_waiting=8)
+    runtime.worker.close(drain=False)
+    done: list[str] = []
+    asked, ended = threading.Event(), threading.Event()
+
+    def meanwhile() -> bool:
+        assert runtime.engine.idle
+        assert threading.current_thread().name == "engine"
+        done.append("some")
+        asked.wait(5)
+        if len(done) > 4:
+            ended.set()
+        return len(done) < 5
+
+    runtime.worker = Worker(runtime.engine, 8, meanwhile)
+    reply = runtime.start_text("abc", GenerationParams(max_tokens=9, temperature=0, ignore_eos=True))
+    asked.set()
+    assert len(read(reply)[1]) == 9
+    assert ended.wait(5)
+    assert runtime.worker.ask(lambda: len(done)) == 5, "after that it is left alone"
+    runtime.close(drain=False)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from backend.cache.host import HostTier, copy_block
 from backend.cache.int8 import quantised, values_of
 from backend.cache.places import BlockCopy, BlockStore, Move
+from backend.memory import populate
 from backend.model.config import ModelConfig
+
+AT_ONCE = 2 << 20  # bytes taken ahead at a time: one to ten milliseconds
 
 # Values of the preset's key `kv_cache`, without `auto`.
 KV_TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "int8": torch.int8}
@@ -19,8 +22,8 @@ class KVPool:
     """Two tensors (layers, n_kv_heads, slots, head_dim); slot = block * block_size + place in the block.
 
     In int8 there are two more, `key_scales` and `value_scales`, float32 (layers, n_kv_heads, slots): see `int8.py`. On
-    the CPU the memory is reserved, not touched: the operating system gives a page when the first token is stored in it.
-    On another device it is taken at once.
+    the CPU the memory is reserved, not touched: the operating system gives a page when the first token is stored in it,
+    or before that by `take_ahead`. On another device it is taken at once.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class KVPool:
         pinned = self.keys.device.type == "cuda"
         tier = HostTier([(array.shape, array.dtype) for array in self.block(0)], host_bytes, pinned=pinned)
         self.host = tier if host_bytes >= tier.block_bytes else None
+        self._untaken = self._parts()
 
     @property
     def device(self) -> torch.device:
@@ -58,6 +62,21 @@ class KVPool:
 
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
+
+    def take_ahead(self) -> bool:
+        """Some more of its memory on the CPU, while there is time. False: there is no more, or it cannot be had so.
+
+        The first token of a block stores into hundreds of pages that nobody has touched, one for each layer and head.
+        Where the system is a guest itself, that takes longer than to compute the token.
+        """
+        part = next(self._untaken, None)
+        return part is not None and populate(*part)
+
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """Address and bytes of all that can be taken ahead, piece by piece."""
+        for array in self.arrays if self.device.type == "cpu" else ():
+            for at in range(0, array.nbytes, AT_ONCE):
+                yield array.data_ptr() + at, min(AT_ONCE, array.nbytes - at)
 
     def block(self, number: int) -> list[torch.Tensor]:
         """Views of one block, (layers, n_kv_heads, block_size, ...), one for each of `arrays`."""

@@ -18,8 +18,9 @@ Result = TypeVar("Result")
 class Worker:
     """Runs `engine.step()` while there is work and sleeps otherwise."""
 
-    def __init__(self, engine: Engine, max_waiting: int) -> None:
-        self._engine, self._max_waiting = engine, max_waiting
+    def __init__(self, engine: Engine, max_waiting: int, meanwhile: Callable[[], bool] = lambda: False) -> None:
+        """`meanwhile`: a few milliseconds of what is done while nobody wants anything; False when all is done."""
+        self._engine, self._max_waiting, self._meanwhile = engine, max_waiting, meanwhile
         self._inbox: collections.deque[Request] = collections.deque()
         self._errands: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
         self._wake = threading.Condition()
@@ -73,6 +74,9 @@ class Worker:
         """Nothing runs and nothing waits."""
         return not self._inbox and self._engine.idle
 
+    def _unwanted(self) -> bool:
+        return self.idle and not self._errands and not self._closing
+
     def close(self, drain: bool, reason: str | None = None) -> None:
         """End the thread and wait for it; with `drain` the running replies are finished first.
 
@@ -86,15 +90,19 @@ class Worker:
         self._thread.join()
 
     def _loop(self) -> None:
+        more = True  # of what is done meanwhile
         while True:
             with self._wake:
-                while not self._inbox and not self._errands and self._engine.idle and not self._closing:
+                while (unwanted := self._unwanted()) and not more:
                     self._wake.wait()
                 arrived = list(self._inbox)
                 self._inbox.clear()
                 errands = list(self._errands)
                 self._errands.clear()
                 closing, drain = self._closing, self._drain
+            if unwanted:
+                more = self._meanwhile()
+                continue
             for errand, answer in errands:
                 _run(errand, answer)
             for request in arrived:
