@@ -14,8 +14,8 @@ int probe(const float *queries, float *out, const int64_t (*spans)[3], int64_t s
         .values = values, .key_scales = key_scales, .value_scales = value_scales, .head_bytes = head_bytes, .kind = kind, .heads = heads, .kv_heads = kv_heads,
         .head_dim = head_dim, .window = window, .cut = &cut,
     };
-    int planned = plan_cut(&a, span_count, threads);
-    if (planned) attend(&a, on_pool, threads);
+    int planned = plan_cut(&a, span_count, threads, 0);
+    if (planned) attend(&a, on_pool, threads, 0, attention_jobs(&cut));
     free(cut.pieces), free(cut.tasks), free(cut.parts);
     return planned && cut_bytes(&cut) > 0;
 }

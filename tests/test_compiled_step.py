@@ -17,6 +17,7 @@ from backend.cache.kv import KVPool
 from backend.checkpoint.open import open_checkpoint
 from backend.engine.compiled import TURNS_AT_ONCE, CompiledStep, Tokens, _Turns
 from backend.engine.runner import Runner
+from backend.engine.scheduler import MAX_RUNNING
 from backend.kernels.cpu import build, steps
 from backend.model.attention import attention, attention_twin
 from backend.model.llama import Llama
@@ -190,9 +191,10 @@ def test_an_int8_cache_loses_nothing_that_is_not_finite(tiny_path: Callable[...,
 
 
 @pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_step_may_be_set_aside_after_every_layer(tiny_path: Callable[..., Path], kv: torch.dtype) -> None:
-    """Another step between two of its layers changes nothing, to the bit, and every call does at least one layer."""
-    path = tiny_path(weights="Q8_0", n_layers=5)
+def test_a_step_may_be_set_aside_at_any_moment(tiny_path: Callable[..., Path], kv: torch.dtype) -> None:
+    """Another step in between changes nothing, to the bit, and every call does some more: at least a phase of a layer,
+    of its attention a job for each thread."""
+    path = tiny_path(weights="Q8_0", n_layers=3)
     prompt, other = [(7 * n) % 250 for n in range(70)], [(11 * n) % 250 for n in range(90)]
     parts = [Tokens(0, 40, 0, [5, 2], prompt=True), Tokens(40, 30, 0, [9], prompt=True)]
     _, _, compiled = loaded(path, kv)
@@ -200,19 +202,22 @@ def test_a_step_may_be_set_aside_after_every_layer(tiny_path: Callable[..., Path
     after = compiled.run([3], [Tokens(0, 1, 40, [5, 2])], [0], threads=2)
     beside = compiled.run(other, [Tokens(0, 90, 0, [7, 1, 3], prompt=True)], [89], threads=2)
     _, _, compiled = loaded(path, kv)
-    going = compiled.begin(prompt, parts, [39, 69])
-    for layer in range(1, 5):
-        assert compiled.go_on(going, 2, seconds=0.0) is None
-        assert going.step.layer == layer
+    going, places = compiled.begin(prompt, parts, [39, 69]), [(0, 0, 0)]
+    while (found := compiled.go_on(going, 2, seconds=0.0)) is None:
+        places.append((going.step.layer, going.step.phase, going.step.job))
         between = compiled.run(other, [Tokens(0, 90, 0, [7, 1, 3], prompt=True)], [89], threads=2)
         assert torch.equal(between, beside)
-    found = compiled.go_on(going, 2, seconds=0.0)
-    assert found is not None
+    assert sorted(set(places)) == places
+    assert {place[:2] for place in places} == {(layer, phase) for layer in range(3) for phase in range(4)}
+    assert {job for layer, phase, job in places if phase == 1} > {0, 2}, "attention is not done at once"
     assert torch.equal(found, expected)
     assert torch.equal(compiled.run([3], [Tokens(0, 1, 40, [5, 2])], [0], threads=2), after)
     _, _, compiled = loaded(path, kv)
-    found = compiled.go_on(compiled.begin(prompt, parts, [39, 69]), 2, seconds=60.0)
-    assert found is not None, "all layers, where there is time"
+    given_up, going = (compiled.begin(prompt, parts, [39, 69]) for _ in range(2))
+    with pytest.raises(AssertionError):
+        compiled.go_on(given_up, 2)
+    found = compiled.go_on(going, 2, seconds=60.0)
+    assert found is not None, "all of it, where there is time"
     assert torch.equal(found, expected)
 
 
@@ -220,7 +225,12 @@ def test_a_step_may_be_set_aside_after_every_layer(tiny_path: Callable[..., Path
 def test_its_workspace_is_in_the_plan(tiny_path: Callable[..., Path], start: int) -> None:
     shape = {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "ffn_dim": 512, "context": 2048}
     model, pool, compiled = loaded(tiny_path(weights="Q8_0", **shape), blocks=40)
-    compiled.run([1] * CHUNK_TOKENS, [Tokens(0, CHUNK_TOKENS, start, range(40))], [CHUNK_TOKENS - 1], 2)
+    prompt = [1] * CHUNK_TOKENS, [Tokens(0, CHUNK_TOKENS, start, range(40), prompt=True)], [CHUNK_TOKENS - 1]
+    compiled.run(*prompt, 2)
+    aside = compiled.begin(*prompt)
+    assert compiled.go_on(aside, 2, seconds=0.0) is None
+    compiled.run([1] * MAX_RUNNING, [Tokens(n, 1, start, range(40)) for n in range(MAX_RUNNING)], range(MAX_RUNNING), 2)
+    assert compiled.go_on(aside, 2) is not None
     beside = 4 * CHUNK_TOKENS * (model.config.dim + model.config.head_dim)  # the residual stream and rope's turns
     assert compiled.workspace_bytes() + beside <= workspace_bytes(model.config)
 

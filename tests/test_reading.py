@@ -1,4 +1,4 @@
-"""A long prompt beside a running reply: read a few layers at a time, so that the reply goes on."""
+"""A long prompt beside a running reply: read a little at a time, so that the reply goes on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
 
 @pytest.fixture
 def done(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the engine does, in order: `step`, `layers` of a piece, or its `end`."""
+    """What the engine does, in order: `step`, `part` of a piece, or its `end`."""
     found: list[str] = []
     run, go_on = runtime.runner.run, runtime.runner.go_on
 
@@ -43,7 +43,7 @@ def done(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def noted_go_on(going, seconds):  # type: ignore[no-untyped-def]
         logits = go_on(going, seconds)
-        found.append("layers" if logits is None else "end")
+        found.append("part" if logits is None else "end")
         return logits
 
     monkeypatch.setattr(runtime.runner, "run", noted_run)
@@ -62,9 +62,9 @@ def test_a_reply_goes_on_while_a_long_prompt_is_read(runtime: Runtime, done: lis
     both = [read(answer)[1], read(talk)[1]]
     assert both == alone[::-1]
     assert done.count("end") == -(-len(LONG) // 128)
-    assert done.count("layers") > done.count("end"), "pieces are set aside"
+    assert done.count("part") > done.count("end"), "pieces are set aside"
     pairs = list(zip(done, done[1:], strict=False))
-    assert not [pair for pair in pairs if "step" not in pair], "after some layers of a piece every reply has its token"
+    assert not [pair for pair in pairs if "step" not in pair], "after some of a piece every reply has its token"
 
 
 def test_who_stops_while_a_prompt_is_read_takes_nobody_along(runtime: Runtime, done: list[str]) -> None:
@@ -74,7 +74,7 @@ def test_who_stops_while_a_prompt_is_read_takes_nobody_along(runtime: Runtime, d
     while talk.stats.completion_tokens < 20:
         time.sleep(0.001)
     stopped, answer = (runtime.start(ids, ANSWER, use_cache=False) for ids in (LONG, LONG[:300]))
-    while "layers" not in done[-50:]:
+    while "part" not in done[-50:]:
         time.sleep(0.001)
     stopped.stop()
     assert read(stopped)[2].finish_reason == "cancelled"
@@ -126,7 +126,7 @@ def test_seconds_that_a_step_may_read() -> None:
     assert pace.seconds(2, 1, spent=0.012) == pytest.approx(fitting - 0.002), "what took longer leaves less"
     assert pace.seconds(2, 6, spent=0.010) == pytest.approx(3 * fitting)
     assert pace.seconds(2, 100, spent=0.010) == pytest.approx(pacing.BRIEF)
-    assert pace.seconds(2, 1, spent=1.0) < 0, "then one layer is read all the same"
+    assert pace.seconds(2, 1, spent=1.0) == pytest.approx(pacing.LEAST * 0.010), "some of it is read all the same"
 
 
 def test_several_short_prompts_are_read_in_a_few_long_gaps() -> None:
@@ -138,3 +138,4 @@ def test_several_short_prompts_are_read_in_a_few_long_gaps() -> None:
     assert pace.seconds(2, 2, tokens=80) == pytest.approx(pacing.BRIEF)
     assert pace.seconds(2, 2, tokens=4000) == pytest.approx(fitting), "long ones take turns with those who write"
     assert pace.seconds(2, 1, tokens=40) == pytest.approx(fitting), "one alone is read beside them"
+    assert pace.budget(2, 2, tokens=80) > pace.budget(2, 2), "the same where a step cannot be set aside"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,12 +43,13 @@ class Tokens:
     prompt: bool = False  # read, not written: numbers may depend, by rounding, on how many come at once
 
 
-@dataclass
+@dataclass(eq=False)
 class Going:
     """A step on its way through the layers, with all that its description points to."""
 
     step: steps.Step
     logits: torch.Tensor  # float32 (rows, vocabulary), of the wanted rows; valid when it is done
+    workspace: int  # its address: nothing else is computed in it until the step is done
     kept: tuple[object, ...]
 
 
@@ -84,7 +86,9 @@ class CompiledStep:
             kind=steps.KINDS[keys.dtype],
         )
         self._turns = _Turns(model.rope, config.head_dim, pool.keys.shape[2])
-        self._workspace = library.suri_workspace_new()
+        # Prompts take much room, and their steps may be set aside; those that only write go on in their own meanwhile.
+        self._writing, self._reading = library.suri_workspace_new(), library.suri_workspace_new()
+        self._set_aside: Callable[[], Going | None] = _nothing  # what is in the second one, while somebody wants it
 
     @classmethod
     def of(cls, model: Llama, pool: KVPool) -> CompiledStep | None:
@@ -127,12 +131,21 @@ class CompiledStep:
     ) -> torch.Tensor:
         """Evaluate the tokens `ids` of all parts, and store their keys and values. Returns logits, float32 (rows,
         vocabulary), of the tokens ids[rows]. `before` is called when Python has nothing more to do."""
-        logits = self.go_on(self.begin(ids, parts, rows), threads, before=before)
+        reading = any(part.prompt for part in parts) and self._set_aside() is None
+        going = self._described_step(ids, parts, rows, self._reading if reading else self._writing)
+        logits = self.go_on(going, threads, before=before)
         assert logits is not None
         return logits
 
     def begin(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int]) -> Going:
-        """The same, to be computed by `go_on`."""
+        """The same, to be computed by `go_on`, with others in between. One at a time: the one before is given up."""
+        going = self._described_step(ids, parts, rows, self._reading)
+        self._set_aside = weakref.ref(going)
+        return going
+
+    def _described_step(
+        self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int], workspace: int
+    ) -> Going:
         x = self._model.embedding(torch.tensor(ids)).contiguous()
         turns = self._turns.of([at for part in parts for at in range(part.start, part.start + part.count)])
         tables = [array("i", part.blocks) for part in parts]
@@ -153,9 +166,8 @@ class CompiledStep:
             spans,
             wanted.data_ptr(),
             logits.data_ptr(),
-            0,
         )
-        return Going(step, logits, (x, turns, tables, spans, wanted))
+        return Going(step, logits, workspace, (x, turns, tables, spans, wanted))
 
     def go_on(
         self,
@@ -164,20 +176,30 @@ class CompiledStep:
         seconds: float = math.inf,
         before: Callable[[], None] = lambda: None,
     ) -> torch.Tensor | None:
-        """As many layers as fit into so many seconds, at least one. Returns the logits when the last one is done."""
+        """As much as fits into so many seconds: at least a part of a layer. Returns the logits when all is done."""
+        assert self._set_aside() in (None, going) or going.workspace == self._writing, "another one was begun"
         before()
-        left = self._library.suri_run_step(self._described, going.step, self._workspace, threads, seconds)
+        left = self._library.suri_run_step(self._described, going.step, going.workspace, threads, seconds)
         if left < 0:
             raise MemoryError(f"a step of {going.step.tokens} tokens found no memory for its intermediate values")
-        return None if left else going.logits
+        if left:
+            return None
+        if going is self._set_aside():
+            self._set_aside = _nothing
+        return going.logits
 
     def workspace_bytes(self) -> int:
         """Memory it keeps between steps: it grows with the largest step so far."""
-        return int(self._library.suri_workspace_bytes(self._workspace))
+        return sum(int(self._library.suri_workspace_bytes(each)) for each in (self._writing, self._reading))
 
     def __del__(self) -> None:
-        if getattr(self, "_workspace", None):
-            self._library.suri_workspace_free(self._workspace)
+        for each in (getattr(self, "_writing", None), getattr(self, "_reading", None)):
+            if each:
+                self._library.suri_workspace_free(each)
+
+
+def _nothing() -> None:
+    return None
 
 
 class _Turns:

@@ -67,7 +67,7 @@ class Engine:
     ) -> None:
         """`prefill_tokens`: of prompts in one step, at most; `least_tokens`: see Pacing. `speculation` None: one token
         a step for every sequence; may be set while nobody is served. `apart`: the runner can set a step aside, so
-        prompts are read a few layers at a time while replies are being written."""
+        prompts are read a little at a time while replies are being written."""
         self.runner, self.blocks, self._sleep = runner, blocks, sleep
         self.scheduler = Scheduler(blocks, prefill_tokens, Pacing(prefill_tokens, least_tokens))
         self.speculation = speculation

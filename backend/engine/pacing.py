@@ -16,6 +16,7 @@ from math import inf
 from statistics import median
 
 MOST = 2.0  # a step that writes and reads, in steps that only write
+LEAST = 0.25  # of a step that only writes, in any case: a prompt must come to its end
 BRIEF = 0.1  # seconds: a gap in a reply that is as good as none, once
 SHORT = 2.5  # such gaps at most, in which several prompts together are read: else they are no short ones
 LONGEST = 0.5  # seconds of a step that only reads
@@ -55,8 +56,9 @@ class Pacing:
             times.append(max(seconds - alone, 0.0))
             self._pieces[place] = times, self._steps
 
-    def budget(self, writing: int, reading: int = 1) -> int:
-        """Prompt tokens for a step in which `writing` sequences write, while `reading` have still to be read.
+    def budget(self, writing: int, reading: int = 1, tokens: float = inf) -> int:
+        """Prompt tokens for a step in which `writing` sequences write, while `reading` have still to be read, of so
+        many `tokens` together.
 
         0 when it is not known how long such a step takes without a prompt: then this one finds out.
         """
@@ -66,7 +68,7 @@ class Pacing:
         alone = self._alone(writing)
         if alone is None:
             return 0
-        fitting = self.seconds(writing, reading)
+        fitting = self.seconds(writing, reading, tokens=tokens)
         known = {place: median(found[0]) for place in range(len(SIZES)) if (found := self._known(place))}
         guess = self._guess(fitting)
         if not known:
@@ -89,7 +91,7 @@ class Pacing:
         alone = self._alone(writing) or 0.0
         fitting = (MOST - 1) * alone
         longer = BRIEF if self._short(reading, tokens) else min(fitting * reading / writing, BRIEF)
-        return max(fitting, longer) + alone - (alone if spent is None else spent)
+        return max(max(fitting, longer) + alone - (alone if spent is None else spent), LEAST * alone)
 
     def _short(self, reading: int, tokens: float) -> bool:
         """Whether several prompts come to their end in a few brief gaps, by what steps took that only read."""

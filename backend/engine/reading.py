@@ -1,7 +1,7 @@
-"""A piece of prompts on its way through the layers: a few of them after each step of those who write.
+"""A piece of prompts on its way through the layers: a part of it after each step of those who write.
 
 A piece of a prompt costs much that does not depend on its length: small pieces between steps of a reply would read the
-weights, and the text before, again and again. Here a piece is long, and is set aside after some layers instead.
+weights, and the text before, again and again. Here a piece is long, and is set aside in the middle instead.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Piece:
         )
 
     def go_on(self, seconds: float) -> torch.Tensor | None:
-        """Some more layers. Returns logits as `Runner.run` when the piece is read, else None."""
+        """Some more of it. Returns logits as `Runner.run` when the piece is read, else None."""
         return self._runner.go_on(self._going, seconds)
 
 

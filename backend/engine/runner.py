@@ -67,7 +67,7 @@ class Runner:
         return self._logits(*self._flat(work))
 
     def begin(self, work: Sequence[Work]) -> Going:
-        """A step to be computed a few layers at a time. Only where it is `in_one_call`."""
+        """A step to be computed a little at a time. Only where it is `in_one_call`."""
         assert self._compiled is not None
         self.steps += 1
         if self._threads is not None:
@@ -76,7 +76,7 @@ class Runner:
             return self._compiled.begin(*self._flat(work))
 
     def go_on(self, going: Going, seconds: float) -> torch.Tensor | None:
-        """As many of its layers as fit into so many seconds, at least one. Returns what `run` does when all are done.
+        """As much of it as fits into so many seconds, at least a part of a layer. Returns what `run` does at the end.
 
         The blocks of the step's sequences must stay theirs until then.
         """

@@ -93,7 +93,8 @@ class Scheduler:
         tokens = dict.fromkeys((request for request in now if _left(request) == 1), 1)
         readers = [request for request in now if _left(request) > 1]
         if not apart or (not tokens and not reading):
-            budget = self._pacing.budget(len(tokens), len(readers)) if self._pacing else self._prefill_tokens
+            left = sum(map(_left, readers))
+            budget = self._pacing.budget(len(tokens), len(readers), left) if self._pacing else self._prefill_tokens
             tokens |= self._pieces(readers, budget)
         return self._reserved(now, tokens)
 

@@ -48,6 +48,7 @@ struct attention {
     int64_t heads, kv_heads, head_dim, window; /* window: 0 for none */
     int64_t uniform;                           /* attend_many takes nothing */
     struct cut *cut;
+    int64_t begin; /* the stretch, or the piece, that is first of those being attended */
 };
 
 /* Row `r` of a span's rows of one key-value head. */
@@ -93,7 +94,7 @@ INLINE struct cached cached_of(const struct attention *a, int64_t span, int64_t 
 #if MATRIX
 static void stretches_of(const void *context, int64_t first, int64_t last) {
     const struct attention *a = context;
-    for (int64_t s = first; s < last; s++) {
+    for (int64_t s = a->begin + first; s < a->begin + last; s++) {
         const struct stretch *stretch = &a->cut->stretches[s];
         const struct suri_span *span = &a->spans[stretch->span];
         struct row rows[MANY_BLOCKS * MANY_ROWS];
@@ -140,7 +141,7 @@ INLINE void write_out(const struct attention *a, const struct piece *piece, cons
 static void whole_pieces(const void *context, int64_t first, int64_t last) {
     const struct attention *a = context;
     int width = whole_vectors(a->head_dim);
-    for (int64_t p = first; p < last; p++) {
+    for (int64_t p = a->begin + first; p < a->begin + last; p++) {
         const struct piece *piece = &a->cut->pieces[p];
         int64_t n = piece->tokens * (a->heads / a->kv_heads);
         struct folded all_of[MAX_ROWS], next[MAX_ROWS];
@@ -196,18 +197,41 @@ INLINE int is_long(const struct attention *a, int64_t span) {
     return !a->uniform && a->spans[span].prompt && a->spans[span].count > 1 && many_possible(a->kind, a->head_dim);
 }
 
+/* Blocks of 32 rows times blocks of 128 tokens: a stretch of a step that may be set aside, at most. */
+enum { AT_ONCE = 256 };
+
 #if MATRIX
-/* Each stretch lays out keys and values anew, so few long ones; but enough of them for all threads. */
-static int plan_stretches(const struct attention *a, int64_t span_count, int threads) {
-    struct cut *cut = a->cut;
-    int64_t group = a->heads / a->kv_heads, blocks = 0, stretches = 0;
-    for (int64_t s = 0; s < span_count; s++)
-        if (is_long(a, s)) blocks += (a->spans[s].count * group + MANY_ROWS - 1) / MANY_ROWS * a->kv_heads;
-    if (!grown((void **)&cut->stretches, &cut->stretch_room, blocks, sizeof *cut->stretches)) return 0;
-    int64_t each = threads == 1 ? MANY_BLOCKS : (blocks + 4 * threads - 1) / (4 * threads);
-    if (each > MANY_BLOCKS) each = MANY_BLOCKS;
+/* Blocks of rows in a stretch. Each lays out keys and values anew, for half as long as a block takes, so few long ones;
+ * but as many for every thread. `most`: see AT_ONCE, but at least one block of rows; 0: any. */
+static int64_t stretch_blocks(const struct attention *a, int64_t span_count, int threads, int64_t most) {
+    const int64_t group = a->heads / a->kv_heads;
+    int64_t best = 1, least = INT64_MAX, keys = 0;
     for (int64_t s = 0; s < span_count; s++) {
-        int64_t rows = a->spans[s].count * group, most = each * MANY_ROWS;
+        int64_t own = (a->spans[s].start + a->spans[s].count + MANY_KEYS - 1) / MANY_KEYS;
+        if (is_long(a, s) && own > keys) keys = own;
+    }
+    for (int64_t each = 1; each <= MANY_BLOCKS && (each == 1 || !most || each * keys <= most); each++) {
+        int64_t stretches = 0;
+        for (int64_t s = 0; s < span_count; s++) {
+            int64_t blocks = (a->spans[s].count * group + MANY_ROWS - 1) / MANY_ROWS;
+            if (is_long(a, s)) stretches += (blocks + each - 1) / each * a->kv_heads;
+        }
+        int64_t time = (stretches + threads - 1) / threads * (2 * each + 1);
+        if (time <= least) least = time, best = each;
+    }
+    return best;
+}
+
+static int plan_stretches(const struct attention *a, int64_t span_count, int threads, int64_t at_once) {
+    struct cut *cut = a->cut;
+    const int64_t group = a->heads / a->kv_heads, most = stretch_blocks(a, span_count, threads, at_once) * MANY_ROWS;
+    int64_t stretches = 0;
+    for (int64_t s = 0; s < span_count; s++)
+        if (is_long(a, s)) stretches += (a->spans[s].count * group + most - 1) / most * a->kv_heads;
+    if (!grown((void **)&cut->stretches, &cut->stretch_room, stretches, sizeof *cut->stretches)) return 0;
+    stretches = 0;
+    for (int64_t s = 0; s < span_count; s++) {
+        int64_t rows = a->spans[s].count * group;
         for (int64_t h = 0; is_long(a, s) && h < a->kv_heads; h++)
             for (int64_t row = 0; row < rows; row += most)
                 cut->stretches[stretches++] = (struct stretch){s, h, row, rows - row < most ? rows - row : most};
@@ -217,13 +241,15 @@ static int plan_stretches(const struct attention *a, int64_t span_count, int thr
 }
 #endif
 
-/* 0 when memory ran out. */
-static int plan_cut(const struct attention *a, int64_t span_count, int threads) {
+/* `at_once`: AT_ONCE, or 0 for any. Returns 0 when memory ran out. */
+static int plan_cut(const struct attention *a, int64_t span_count, int threads, int64_t at_once) {
     struct cut *cut = a->cut;
     int64_t group = a->heads / a->kv_heads, most = MAX_ROWS / group, tokens = most > 1 ? most : 1;
     int64_t pieces = 0, tasks = 0, parts = 0;
 #if MATRIX
-    if (!plan_stretches(a, span_count, threads)) return 0;
+    if (!plan_stretches(a, span_count, threads, at_once)) return 0;
+#else
+    (void)at_once;
 #endif
     for (int64_t s = 0; s < span_count; s++) pieces += (a->spans[s].count + tokens - 1) / tokens * a->kv_heads;
     if (!grown((void **)&cut->pieces, &cut->piece_room, pieces, sizeof *cut->pieces)) return 0;
@@ -256,14 +282,23 @@ static int plan_cut(const struct attention *a, int64_t span_count, int threads) 
 
 typedef void parallel(int threads, int64_t count, int64_t chunk, suri_work work, const void *argument);
 
-static void attend(const struct attention *a, parallel *on_pool, int threads) {
+/* Jobs that may be done one after the other: stretches, then pieces, or all pieces at once. */
+INLINE int64_t attention_jobs(const struct cut *cut) {
+    return cut->stretch_count + (cut->task_count ? 1 : cut->piece_count);
+}
+
+/* Jobs first .. last - 1. */
+static void attend(struct attention *a, parallel *on_pool, int threads, int64_t first, int64_t last) {
     const struct cut *cut = a->cut;
+    const int64_t stretches = cut->stretch_count;
+    a->begin = first;
 #if MATRIX
-    if (cut->stretch_count) on_pool(threads, cut->stretch_count, 1, stretches_of, a);
+    if (first < stretches) on_pool(threads, (last < stretches ? last : stretches) - first, 1, stretches_of, a);
 #endif
-    if (!cut->piece_count) return;
+    if (last <= stretches) return;
+    a->begin = first > stretches ? first - stretches : 0;
     if (!cut->task_count) {
-        on_pool(threads, cut->piece_count, 1, whole_pieces, a);
+        on_pool(threads, last - stretches - a->begin, 1, whole_pieces, a);
         return;
     }
     on_pool(threads, cut->task_count, 1, chunks_of_pieces, a);

@@ -9,8 +9,12 @@
 
 enum { NUMBERS_AT_ONCE = 5000 }; /* of what is done token by token: less is not worth a second thread */
 
+/* Of a layer: between two of them a step may be set aside, and between two rounds of its attention. */
+enum phase { QKV, ATTENTION, UP, DOWN, PHASES };
+
 struct suri_workspace {
     struct cut cut;
+    double took[PHASES]; /* seconds of each, the last time; of attention for one job of each thread */
     void *memory;
     int64_t bytes;
 };
@@ -203,8 +207,9 @@ static void multiply(const struct run *run, const struct suri_stack *stack, cons
 
 INLINE int64_t tokens_at_once(int64_t columns) { return columns < NUMBERS_AT_ONCE ? NUMBERS_AT_ONCE / columns : 1; }
 
-static void run_phase(struct run *run, suri_work phase, int64_t tokens, int64_t few, const struct suri_stack *next,
-                      void *memory) {
+/* `work` on all tokens, which leaves the input of the product that comes next. */
+static void prepare(struct run *run, suri_work work, int64_t tokens, int64_t few, const struct suri_stack *next,
+                    void *memory) {
     const struct suri_tools *tools = &run->model->tools;
     int low = 7;
     run->rounded = 0;
@@ -215,7 +220,7 @@ static void run_phase(struct run *run, suri_work phase, int64_t tokens, int64_t 
             run->rounded = 1;
         }
     run->input = tools->input_in(memory, tokens, few, next->columns, low);
-    tools->parallel(run->threads, tokens, tokens_at_once(next->columns), phase, run);
+    tools->parallel(run->threads, tokens, tokens_at_once(next->columns), work, run);
 }
 
 /* Tokens that are multiplied as whole numbers: those of the spans before the first long one. So what a reply's tokens
@@ -234,29 +239,59 @@ static int64_t few_rows(const struct suri_step *step, int64_t few) {
     return step->rows - rows <= SURI_FEW ? step->rows : rows;
 }
 
-static void run_layer(struct run *run, void *memory) {
+/* One phase of the step's layer; of attention so many of its jobs. What the phases leave for each other is in the
+ * workspace and in the residual stream. */
+static void run_phase(struct run *run, enum phase phase, int64_t jobs, void *memory) {
     const struct suri_model *m = run->model;
     const struct suri_layer *layer = &m->layer[run->number];
     int64_t tokens = run->step->tokens, few = few_tokens(m, run->step);
-    run->norm = layer->attention_norm;
-    run_phase(run, norm_tokens, tokens, few, &layer->qkv, memory);
-    multiply(run, &layer->qkv, run->normed, tokens, run->heads);
-    m->tools.parallel(run->threads, tokens, tokens_at_once(layer->qkv.rows), place_tokens, run);
-    run->attention.keys = (const char *)m->keys + run->number * m->layer_bytes;
-    run->attention.values = (const char *)m->values + run->number * m->layer_bytes;
-    if (m->kind == KV_INT8) {
-        run->attention.key_scales = m->key_scales + run->number * m->layer_bytes / m->head_dim;
-        run->attention.value_scales = m->value_scales + run->number * m->layer_bytes / m->head_dim;
+    switch (phase) {
+        case QKV:
+            run->add = run->number > 0;
+            run->norm = layer->attention_norm;
+            prepare(run, norm_tokens, tokens, few, &layer->qkv, memory);
+            multiply(run, &layer->qkv, run->normed, tokens, run->heads);
+            m->tools.parallel(run->threads, tokens, tokens_at_once(layer->qkv.rows), place_tokens, run);
+            break;
+        case ATTENTION:
+            run->attention.keys = (const char *)m->keys + run->number * m->layer_bytes;
+            run->attention.values = (const char *)m->values + run->number * m->layer_bytes;
+            if (m->kind == KV_INT8) {
+                run->attention.key_scales = m->key_scales + run->number * m->layer_bytes / m->head_dim;
+                run->attention.value_scales = m->value_scales + run->number * m->layer_bytes / m->head_dim;
+            }
+            attend(&run->attention, m->tools.parallel, run->threads, run->step->job, run->step->job + jobs);
+            break;
+        case UP:
+            prepare(run, quantise_mixed, tokens, few, &layer->o, memory);
+            multiply(run, &layer->o, run->mixed, tokens, run->change);
+            run->add = 1;
+            run->norm = layer->ffn_norm;
+            prepare(run, norm_tokens, tokens, few, &layer->gate_up, memory);
+            multiply(run, &layer->gate_up, run->normed, tokens, run->gates);
+            break;
+        default:
+            prepare(run, gate_tokens, tokens, few, &layer->down, memory);
+            multiply(run, &layer->down, run->mixed, tokens, run->change);
     }
-    attend(&run->attention, m->tools.parallel, run->threads);
-    run_phase(run, quantise_mixed, tokens, few, &layer->o, memory);
-    multiply(run, &layer->o, run->mixed, tokens, run->change);
-    run->add = 1;
-    run->norm = layer->ffn_norm;
-    run_phase(run, norm_tokens, tokens, few, &layer->gate_up, memory);
-    multiply(run, &layer->gate_up, run->normed, tokens, run->gates);
-    run_phase(run, gate_tokens, tokens, few, &layer->down, memory);
-    multiply(run, &layer->down, run->mixed, tokens, run->change);
+}
+
+/* What comes after this phase, or after so many jobs of attention. */
+static void go_on(struct suri_step *step, int64_t jobs, int64_t all_jobs) {
+    step->job += jobs;
+    if (step->phase == ATTENTION && step->job < all_jobs) return;
+    step->job = 0;
+    if (++step->phase < PHASES) return;
+    step->phase = QKV;
+    step->layer++;
+}
+
+/* How many jobs of attention fit into so many seconds: one for each thread at least. */
+static int64_t jobs_in(double seconds, double took, int threads, int64_t most) {
+    double rounds = took > 0 ? seconds / took : 1;
+    if (isinf(seconds) || rounds * threads >= (double)most) return most;
+    int64_t jobs = threads * (rounds > 1 ? (int64_t)rounds : 1);
+    return jobs < most ? jobs : most;
 }
 
 /* Room for all arrays of a step, one after the other, each at a multiple of 64 bytes. */
@@ -266,11 +301,6 @@ static double now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
-
-/* The residual stream has everything: the next call knows of nothing else. */
-static void settle(const struct run *run) {
-    for (int64_t i = 0; run->add && i < run->step->tokens * run->model->dim; i++) run->step->x[i] += run->change[i];
 }
 
 int suri_run_step(const struct suri_model *m, struct suri_step *step, struct suri_workspace *workspace, int threads,
@@ -303,22 +333,28 @@ int suri_run_step(const struct suri_model *m, struct suri_step *step, struct sur
         .kv_heads = m->kv_heads, .head_dim = m->head_dim, .window = m->window, .uniform = m->uniform,
         .cut = &workspace->cut,
     };
-    if (!plan_cut(&run.attention, step->spans, threads)) return -1;
+    /* Once for a step: what has been attended must not depend on who calls. */
+    const int begun = step->layer || step->phase || step->job;
+    if (!begun && !plan_cut(&run.attention, step->spans, threads, isinf(seconds) ? 0 : AT_ONCE)) return -1;
+    const int64_t all_jobs = attention_jobs(&workspace->cut);
     const double begin = now();
-    double last = 0, time = begin; /* of the last layer; when it ended */
-    for (int64_t first = step->layer; step->layer < m->layers; step->layer++) {
-        if (step->layer > first && time - begin + last > seconds) {
-            settle(&run);
-            return 1;
-        }
+    double time = begin;
+    for (int some = 0; step->layer < m->layers; some = 1) {
+        const enum phase phase = (enum phase)step->phase;
+        const double left = seconds - (time - begin), took = workspace->took[phase];
+        if (some && took > left) return 1;
+        const int64_t jobs = phase == ATTENTION ? jobs_in(left, took, threads, all_jobs - step->job) : 0;
         run.number = step->layer;
-        run_layer(&run, at[5]);
-        double ended = now();
-        last = ended - time, time = ended;
+        run_phase(&run, phase, jobs, at[5]);
+        const double ended = now(), rounds = (double)((jobs + threads - 1) / threads);
+        workspace->took[phase] = (ended - time) / (rounds > 1 ? rounds : 1);
+        time = ended;
+        go_on(step, jobs, all_jobs);
     }
+    run.add = m->layers > 0;
     run.norm = m->norm;
     run.row = step->row;
-    run_phase(&run, norm_tokens, step->rows, few_rows(step, few_tokens(m, step)), &m->output, at[5]);
+    prepare(&run, norm_tokens, step->rows, few_rows(step, few_tokens(m, step)), &m->output, at[5]);
     multiply(&run, &m->output, run.normed, step->rows, step->logits);
     return 0;
 }

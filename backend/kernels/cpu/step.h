@@ -70,17 +70,17 @@ struct suri_step {
     const struct suri_span *span;
     const int64_t *row;            /* (rows,): which tokens' logits are wanted */
     float *logits;                 /* (rows, output rows) */
-    int64_t layer;                 /* that comes next: 0 to begin with */
+    int64_t layer, phase, job;     /* that comes next: 0 to begin with */
 };
 
-/* Memory between steps: it grows with the largest step. */
+/* Memory of a step, kept for the next one: it grows with the largest. */
 struct suri_workspace *suri_workspace_new(void);
 void suri_workspace_free(struct suri_workspace *workspace);
 int64_t suri_workspace_bytes(const struct suri_workspace *workspace);
 
-/* As many layers as fit into so many seconds, by what the last one took; at least one. 0: the step is done; 1: it is to
- * be called again; -1: there is no memory, and nothing was computed. What the step points to must stay as it is between
- * calls; others may run meanwhile. */
+/* As many phases of the layers as fit into so many seconds, by what each took the last time; at least one. 0: the step is
+ * done; 1: it is to be called again; -1: there is no memory, and nothing was computed. What the step points to must stay
+ * as it is between calls, and the workspace must be this step's; others may run meanwhile in one of their own. */
 int suri_run_step(const struct suri_model *model, struct suri_step *step, struct suri_workspace *workspace, int threads,
                   double seconds);
 #endif

@@ -55,7 +55,8 @@ class Span(ctypes.Structure):
 class Step(ctypes.Structure):
     _fields_ = [
         ("tokens", _INT), ("spans", _INT), ("rows", _INT), ("x", _ADDRESS), ("turns", _ADDRESS),
-        ("span", ctypes.POINTER(Span)), ("row", _ADDRESS), ("logits", _ADDRESS), ("layer", _INT),
+        ("span", ctypes.POINTER(Span)), ("row", _ADDRESS), ("logits", _ADDRESS),
+        ("layer", _INT), ("phase", _INT), ("job", _INT),
     ]  # fmt: skip
 
 
