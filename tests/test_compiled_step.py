@@ -369,7 +369,8 @@ def test_attention_of_prompts_is_that_of_the_formula(
 def test_turns_are_those_of_the_rope_wherever_a_sequence_stands() -> None:
     rope = Rope(8, 10_000.0)
     turns = _Turns(rope, 8, 2 * TURNS_AT_ONCE + 7)
-    for positions in ([0], [5, 3], [TURNS_AT_ONCE - 1, TURNS_AT_ONCE], [2 * TURNS_AT_ONCE + 6, 1, 1]):
-        assert torch.equal(turns.of(positions), torch.view_as_real(rope.turns(torch.tensor(positions))).flatten(1))
+    for end in (1, 6, TURNS_AT_ONCE, TURNS_AT_ONCE + 1, 3, 2 * TURNS_AT_ONCE + 7):
+        expected = torch.view_as_real(rope.turns(torch.arange(end))).flatten(1)
+        assert torch.equal(turns.until(end)[:end], expected)
     with pytest.raises(IndexError):
-        turns.of([2 * TURNS_AT_ONCE + 7])
+        turns.until(2 * TURNS_AT_ONCE + 8)

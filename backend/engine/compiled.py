@@ -146,8 +146,9 @@ class CompiledStep:
     def _described_step(
         self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int], workspace: int
     ) -> Going:
-        x = self._model.embedding(torch.tensor(ids)).contiguous()
-        turns = self._turns.of([at for part in parts for at in range(part.start, part.start + part.count)])
+        numbers, wanted = array("q", ids), array("q", rows)  # torch takes ten times as long to make a tensor of a list
+        x = self._model.embedding(torch.frombuffer(numbers, dtype=torch.int64)).contiguous()
+        turns = self._turns.until(max(part.start + part.count for part in parts))
         tables = [array("i", part.blocks) for part in parts]
         spans = (steps.Span * len(parts))(
             *(
@@ -155,7 +156,6 @@ class CompiledStep:
                 for part, table in zip(parts, tables, strict=True)
             )
         )
-        wanted = torch.tensor(rows, dtype=torch.int64)
         logits = torch.empty(len(rows), self._described.output.rows)
         step = steps.Step(
             len(ids),
@@ -164,7 +164,7 @@ class CompiledStep:
             x.data_ptr(),
             turns.data_ptr(),
             spans,
-            wanted.data_ptr(),
+            wanted.buffer_info()[0],
             logits.data_ptr(),
         )
         return Going(step, logits, workspace, (x, turns, tables, spans, wanted))
@@ -210,13 +210,15 @@ class _Turns:
         self._rope, self._known = rope, 0
         self._table = torch.empty(positions, head_dim)
 
-    def of(self, positions: Sequence[int]) -> torch.Tensor:
-        """float32 (tokens, head_dim): cosine and sine of each pair."""
-        while self._known <= max(positions) and self._known < len(self._table):
+    def until(self, end: int) -> torch.Tensor:
+        """float32 (positions, head_dim): cosine and sine of each pair, at all positions below `end`."""
+        if end > len(self._table):
+            raise IndexError(f"positions are below {len(self._table)}, found {end - 1}")
+        while self._known < end:
             chunk = torch.arange(self._known, min(self._known + TURNS_AT_ONCE, len(self._table)))
             self._table[self._known : self._known + len(chunk)] = torch.view_as_real(self._rope.turns(chunk)).flatten(1)
             self._known += len(chunk)
-        return self._table.index_select(0, torch.tensor(positions))
+        return self._table
 
 
 def _stack(product: Multiply, *, plain: bool) -> steps.Stack | None:

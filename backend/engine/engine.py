@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -101,7 +101,7 @@ class Engine:
                     self.resting()
                     self._rest()
                 else:
-                    self._read_on(0, 0.0)
+                    self._read_on(0, time.perf_counter())
                 return
             started = time.perf_counter()
             work, logits = run_step(self.runner.run, work, self._end)
@@ -110,7 +110,7 @@ class Engine:
             computed = time.perf_counter()
             writing = self._take_step(work, logits, begin, started, computed)
             if self._apart and writing:
-                self._read_on(writing, time.perf_counter() - begin)
+                self._read_on(writing, begin)
         except Exception as error:  # whatever it is, the readers must hear of it and the next request must work
             log.exception("the engine failed in a step")
             self._fail_all(error)
@@ -127,8 +127,8 @@ class Engine:
             self.scheduler.measured(work, (ended - begin) * share)
         return writing
 
-    def _read_on(self, writing: int, spent: float) -> None:
-        """Read prompts for as long as so many writers may wait, who have waited for `spent` seconds."""
+    def _read_on(self, writing: int, begin: float) -> None:
+        """Read prompts for as long as so many writers may wait, who wait since `begin`."""
         piece = self._piece
         if piece is not None and not piece.valid(self.scheduler.running):
             piece = self._piece = None
@@ -140,6 +140,7 @@ class Engine:
                 return
         try:
             piece = self._piece = piece or Piece(self.runner, work)
+            spent = time.perf_counter() - begin
             work, logits = piece.work, piece.go_on(self.scheduler.spare_seconds(writing, spent))
         except Exception as error:
             if not is_allocation_failure(error):
@@ -153,7 +154,7 @@ class Engine:
 
     def _drawn(self, work: list[Work], logits: torch.Tensor) -> None:
         """The step has computed this work: draw what follows."""
-        row, finite = 0, finite_rows(logits)
+        row, finite, rows = 0, finite_rows(logits), logits.unbind()
         for item in work:
             first, row = row, row + item.logit_rows
             drawn_from = slice(row - 1 - len(item.drafts), row) if item.draws else None
@@ -162,7 +163,7 @@ class Engine:
             if scored and not self._score(item.request, begin_at, logits[first:row]):
                 continue
             if drawn_from is not None and item.request.phase != "done":
-                self._draw(item, logits[drawn_from], finite[drawn_from])
+                self._draw(item, rows[drawn_from], finite[drawn_from])
 
     def _end(self, request: Request, error: Exception) -> None:
         self._finish(request, "error", error, keep=False)
@@ -172,8 +173,8 @@ class Engine:
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             self._finish(request, "error", error)
 
-    def _draw(self, work: Work, logits: torch.Tensor, finite: list[bool]) -> None:
-        """Draw from the step's logits; for one of a guided pair, when the other's are here too."""
+    def _draw(self, work: Work, logits: Sequence[torch.Tensor], finite: list[bool]) -> None:
+        """Draw from the step's logits, row by row; for one of a guided pair, when the other's are here too."""
         leader = work.request.leader or work.request
         if leader.partner is None:
             self._continue(work, logits, finite)
@@ -184,15 +185,15 @@ class Engine:
         both = self._pairs.join(work.request, logits[0])
         if both is not None:
             own, negative = both
-            self._continue(Work(leader, 1), own[None], [True], guided(own, negative, leader.params.guidance_scale))
+            self._continue(Work(leader, 1), [own], [True], guided(own, negative, leader.params.guidance_scale))
 
     def _continue(
-        self, work: Work, logits: torch.Tensor, finite: list[bool], drawn_from: torch.Tensor | None = None
+        self, work: Work, logits: Sequence[torch.Tensor], finite: list[bool], drawn_from: torch.Tensor | None = None
     ) -> None:
         """Draw the next tokens of one request: one, and one more after each draft that is what was drawn.
 
-        logits float32 (1 + drafts, vocab); finite: whether all numbers of a row are. `drawn_from`, where it is not the
-        model's own row that is drawn from: float32 (vocab,).
+        logits: 1 + drafts rows, float32 (vocab,); finite: whether all numbers of a row are. `drawn_from`, where it is
+        not the model's own row that is drawn from: float32 (vocab,).
         """
         request = work.request
         if request.only_prompt:

@@ -132,7 +132,7 @@ static void store_tokens(const struct run *run, const struct suri_span *span, in
     float scale = 1.0f / sqrtf((float)size);
     for (int64_t t = first; t < last; t++) {
         float *heads = run->heads + (span->first + t) * all_heads * size;
-        const float *turns = run->step->turns + (span->first + t) * size;
+        const float *turns = run->step->turns + (span->start + t) * size;
         if (m->interleaved)
             for (int64_t h = 0; h < m->heads + m->kv_heads; h++)
                 turn_head(heads + h * size, turns, size, 1, h < m->heads ? scale : 1.0f);

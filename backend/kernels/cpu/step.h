@@ -66,7 +66,7 @@ struct suri_span {
 struct suri_step {
     int64_t tokens, spans, rows;
     float *x;                      /* (tokens, dim): embeddings; overwritten */
-    const float *turns;            /* (tokens, head_dim / 2, 2): cosine and sine */
+    const float *turns;            /* (positions, head_dim / 2, 2): cosine and sine of all positions so far */
     const struct suri_span *span;
     const int64_t *row;            /* (rows,): which tokens' logits are wanted */
     float *logits;                 /* (rows, output rows) */
