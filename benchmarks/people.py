@@ -33,8 +33,8 @@ from backend.settings import PROJECT, Settings
 from benchmarks.peers import XLLAMACPP, python_with
 
 NAME, TORCH = "people", "suri, torch operations"
-PEOPLE, REPLY, ROUNDS = 8, 96, 3
-LONG_PROMPT, TALKED = 4000, 400  # tokens that come in; events of the running chat before that
+PEOPLE, REPLY, ROUNDS = 8, 96, 5
+LONG_PROMPT, TALKED, TALK = 4000, 400, 6000  # tokens that come in; of the running chat, events before that and at most
 PEER = """
 import sys, time, xllamacpp
 p = xllamacpp.CommonParams()
@@ -88,6 +88,8 @@ def run() -> dict[str, Any]:
             f"while {LONG_PROMPT} tokens come in {gaps} "
             f"({row['worst_in_gaps']:.1f} x), read in {row['prompt_seconds']:.1f} s"
         )
+        worst = ", ".join(f"{each['worst_in_gaps']:.1f}" for each in found[name])
+        print(f"{'':22} worst by round: {worst} x")
     return {
         "people": PEOPLE, "reply_tokens": REPLY, "long_prompt_tokens": LONG_PROMPT, "rounds": ROUNDS,
         "peer": XLLAMACPP, "load_average_before": load, "medians": rows, "rounds_in_full": found,
@@ -109,7 +111,7 @@ async def _measure(port: int, number: int, *, gaps: bool) -> dict[str, float]:
 
 async def _gaps(port: int, number: int) -> dict[str, float]:
     chat = Stream()
-    talking = asyncio.create_task(_ask(port, _prompt(number, 50, 40), 2000, chat))
+    talking = asyncio.create_task(_ask(port, _prompt(number, 50, 40), TALK, chat))
     while len(chat.times) < TALKED:
         await asyncio.sleep(0.01)
     asked = time.perf_counter()
@@ -117,6 +119,8 @@ async def _gaps(port: int, number: int) -> dict[str, float]:
     answered = time.perf_counter()
     before = chat.gaps(chat.times[5], asked)
     normal = statistics.median(before)
+    if talking.done():
+        raise RuntimeError("the running chat ended before the long prompt was read")
     talking.cancel()
     gaps = [*chat.gaps(asked, answered), answered - chat.times[-1]]
     return {

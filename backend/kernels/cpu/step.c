@@ -1,6 +1,7 @@
 #include "step.h"
 
 #include <math.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <time.h>
 
@@ -337,6 +338,9 @@ int suri_run_step(const struct suri_model *m, struct suri_step *step, struct sur
     const int begun = step->layer || step->phase || step->job;
     if (!begun && !plan_cut(&run.attention, step->spans, threads, isinf(seconds) ? 0 : AT_ONCE)) return -1;
     const int64_t all_jobs = attention_jobs(&workspace->cut);
+    /* Who has just been woken to send the last tokens may stand in line behind this thread: let it go first. Else it
+     * waits until the system takes the processor away from us, which it does after milliseconds. */
+    sched_yield();
     const double begin = now();
     double time = begin;
     for (int some = 0; step->layer < m->layers; some = 1) {
