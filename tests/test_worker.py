@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from backend.cache.kv import KVPool
 from backend.engine.worker import Worker
 from backend.errors import UnloadingError
 from backend.params import GenerationParams
@@ -57,4 +58,22 @@ def test_what_is_done_meanwhile_waits_for_nobody_and_ends(tiny_path: Callable[..
     assert len(read(reply)[1]) == 9
     assert ended.wait(5)
     assert runtime.worker.ask(lambda: len(done)) == 5, "after that it is left alone"
+    runtime.close(drain=False)
+
+
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_the_whole_cache_is_taken_meanwhile_where_there_is_plenty(
+    tiny_path: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    taken = threading.Event()
+
+    def take_ahead(pool: KVPool) -> bool:
+        taken.set()
+        return False
+
+    monkeypatch.setattr(KVPool, "take_ahead", take_ahead)
+    monkeypatch.setattr("backend.runtime.free_bytes", lambda device: free)
+    path = tiny_path(weights="Q4_1")
+    runtime = Runtime(Prepared(Preset("plenty", str(path)), path), max_waiting=8)
+    assert taken.wait(5 if free else 0.2) == bool(free)
     runtime.close(drain=False)

@@ -48,7 +48,7 @@ class KVPool:
         pinned = self.keys.device.type == "cuda"
         tier = HostTier([(array.shape, array.dtype) for array in self.block(0)], host_bytes, pinned=pinned)
         self.host = tier if host_bytes >= tier.block_bytes else None
-        self._untaken = self._parts()
+        self._untaken = iter(_parts(self.arrays) if self.device.type == "cpu" else ())
 
     @property
     def device(self) -> torch.device:
@@ -71,12 +71,6 @@ class KVPool:
         """
         part = next(self._untaken, None)
         return part is not None and populate(*part)
-
-    def _parts(self) -> Iterator[tuple[int, int]]:
-        """Address and bytes of all that can be taken ahead, piece by piece."""
-        for array in self.arrays if self.device.type == "cpu" else ():
-            for at in range(0, array.nbytes, AT_ONCE):
-                yield array.data_ptr() + at, min(AT_ONCE, array.nbytes - at)
 
     def block(self, number: int) -> list[torch.Tensor]:
         """Views of one block, (layers, n_kv_heads, block_size, ...), one for each of `arrays`."""
@@ -138,6 +132,13 @@ class SequenceSlots:
 
     def __init__(self, all: list[tuple[int, int]], new: list[tuple[int, int]]) -> None:
         self.all, self.new = all, new
+
+
+def _parts(arrays: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """Address and bytes of all their memory, piece by piece."""
+    for array in arrays:
+        for at in range(0, array.nbytes, AT_ONCE):
+            yield array.data_ptr() + at, min(AT_ONCE, array.nbytes - at)
 
 
 def _runs(blocks: Sequence[int], size: int, start: int, end: int) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from math import inf
 from statistics import median
 
 MOST = 2.0  # a step that writes and reads, in steps that only write
-LEAST = 0.25  # of a step that only writes, in any case: a prompt must come to its end
+LEAST = 0.25  # of what a step has taken, in any case: a prompt must come to its end, beside wide steps of guesses too
 BRIEF = 0.1  # seconds: a gap in a reply that is as good as none, once
 SHORT = 2.5  # such gaps at most, in which several prompts together are read: else they are no short ones
 LONGEST = 0.5  # seconds of a step that only reads
@@ -91,7 +91,8 @@ class Pacing:
         alone = self._alone(writing) or 0.0
         fitting = (MOST - 1) * alone
         longer = BRIEF if self._short(reading, tokens) else min(fitting * reading / writing, BRIEF)
-        return max(max(fitting, longer) + alone - (alone if spent is None else spent), LEAST * alone)
+        spent = alone if spent is None else spent
+        return max(max(fitting, longer) + alone - spent, LEAST * spent)
 
     def _short(self, reading: int, tokens: float) -> bool:
         """Whether several prompts come to their end in a few brief gaps, by what steps took that only read."""
