@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from backend.engine.worker import Worker
 from backend.errors import CheckpointError, ContextLengthError, ParameterError, PresetError
 from backend.events import LoadProgress, Status
 from backend.generation import Generation
-from backend.memory import free_bytes
+from backend.memory import free_bytes, populate
 from backend.metrics import Records, Totals
 from backend.model.shapes import is_shape
 from backend.params import GenerationParams
@@ -168,7 +169,7 @@ class Runtime:
         self._keeper = Keeper(caches, numbers, self.blocks, self._kv, config.vocab_size)
         self._keeper.restore()
         plenty = self._kv.nbytes() * PLENTY <= free_bytes(plan.device)
-        self.worker = Worker(engine, max_waiting, self._kv.take_ahead if plenty else lambda: False)
+        self.worker = Worker(engine, max_waiting, partial(self._kv.take_ahead, populate) if plenty else lambda: False)
         self._warm_up()
         self._keeper.mark()
         engine.records = self._records  # from now on: nobody asked for the first reply

@@ -67,7 +67,7 @@ def test_the_whole_cache_is_taken_meanwhile_where_there_is_plenty(
 ) -> None:
     taken = threading.Event()
 
-    def take_ahead(pool: KVPool) -> bool:
+    def take_ahead(pool: KVPool, populate: object) -> bool:
         taken.set()
         return False
 

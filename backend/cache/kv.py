@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from backend.cache.host import HostTier, copy_block
 from backend.cache.int8 import quantised, values_of
 from backend.cache.places import BlockCopy, BlockStore, Move
-from backend.memory import populate
 from backend.model.config import ModelConfig
 
 AT_ONCE = 2 << 20  # bytes taken ahead at a time: one to ten milliseconds
@@ -63,8 +62,9 @@ class KVPool:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
 
-    def take_ahead(self) -> bool:
+    def take_ahead(self, populate: Callable[[int, int], bool]) -> bool:
         """Some more of its memory on the CPU, while there is time. False: there is no more, or it cannot be had so.
+        `populate`: has the system give the pages at an address, of so many bytes, as `memory.populate` does.
 
         The first token of a block stores into hundreds of pages that nobody has touched, one for each layer and head.
         Where the system is a guest itself, that takes longer than to compute the token.
