@@ -46,7 +46,7 @@ def test_a_service_finishes_what_was_asked_and_takes_no_more(settings: Settings)
     wait_for(lambda: service.status().state == "stopped")
     with pytest.raises(NotReadyError, match="being stopped"):
         service.complete("abc", SLOW)
-    assert service.status().running == 1
+    wait_for(lambda: service.status().running == 1)  # the engine's thread may not have taken it yet
     assert read(running)[2].finish_reason == "length"
     draining.join(5)
     assert not draining.is_alive()
