@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import mmap
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,6 @@ import psutil
 import torch
 
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; Python's mmap has no name for it
 # What torch and its libraries say in plain RuntimeErrors when there is no memory.
 _FAILED_ALLOCATION = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -31,18 +28,6 @@ def free_bytes(device: torch.device | str = "cpu") -> int:
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     return psutil.virtual_memory().available
-
-
-def populate(address: int, count: int) -> bool:
-    """Have the system give all pages that lie in these bytes now, instead of each when it is first written to. What is
-    in them stays. False where it cannot: then all is as before."""
-    first, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + count) // mmap.PAGESIZE * mmap.PAGESIZE
-    if sys.platform != "linux" or end <= first:
-        return False
-    answer = ctypes.CDLL(None).madvise(
-        ctypes.c_void_p(first), ctypes.c_size_t(end - first), ctypes.c_int(_POPULATE_WRITE)
-    )
-    return int(answer) == 0
 
 
 def give_back() -> None:

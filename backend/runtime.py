@@ -35,7 +35,8 @@ from backend.engine.worker import Worker
 from backend.errors import CheckpointError, ContextLengthError, ParameterError, PresetError
 from backend.events import LoadProgress, Status
 from backend.generation import Generation
-from backend.memory import free_bytes, populate
+from backend.kernels.cpu.memory import populate
+from backend.memory import free_bytes
 from backend.metrics import Records, Totals
 from backend.model.shapes import is_shape
 from backend.params import GenerationParams
@@ -55,9 +56,7 @@ from backend.tokenizer.open import open_tokenizer
 
 Progress = Callable[[LoadProgress], None]
 
-PLENTY = (
-    8  # where so many caches of the size would find memory, the whole of it is taken while nobody asks for anything
-)
+PLENTY = 8  # where so many such caches would find memory, all of it is taken while nobody asks for anything
 
 
 class Prepared:

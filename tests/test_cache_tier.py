@@ -17,7 +17,7 @@ from backend.cache.kv import KV_TYPES, KVPool
 from backend.engine.engine import Engine
 from backend.engine.request import Request
 from backend.engine.runner import Runner
-from backend.memory import populate
+from backend.kernels.cpu.memory import populate
 from backend.model.attention import attention, attention_twin
 from backend.model.config import ModelConfig
 from backend.params import GenerationParams

@@ -64,7 +64,7 @@ class KVPool:
 
     def take_ahead(self, populate: Callable[[int, int], bool]) -> bool:
         """Some more of its memory on the CPU, while there is time. False: there is no more, or it cannot be had so.
-        `populate`: has the system give the pages at an address, of so many bytes, as `memory.populate` does.
+        `populate`: has the system give the pages of so many bytes at an address: `kernels.cpu.memory.populate`.
 
         The first token of a block stores into hundreds of pages that nobody has touched, one for each layer and head.
         Where the system is a guest itself, that takes longer than to compute the token.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 _WORTH_IT = 4 << 20
-_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14; Python's mmap has no name for it
+_POPULATE_READ, _POPULATE_WRITE = 22, 23  # of madvise, since Linux 5.14; Python's mmap has no names for them
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -35,6 +35,13 @@ def bring(tensor: torch.Tensor) -> None:
     if sys.platform == "linux" and not _advise(first, last, _POPULATE_READ):
         return
     tensor.view(torch.uint8).flatten()[:: mmap.PAGESIZE].sum()  # reads a byte of each page
+
+
+def populate(address: int, count: int) -> bool:
+    """Have the system give all pages that lie in these bytes now, instead of each when it is first written to. What is
+    in them stays. False where it cannot: then all is as before."""
+    first, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + count) // mmap.PAGESIZE * mmap.PAGESIZE
+    return sys.platform == "linux" and first < end and not _advise(first, end, _POPULATE_WRITE)
 
 
 def _advise(first: int, last: int, advice: int) -> int:
