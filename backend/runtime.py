@@ -158,9 +158,8 @@ class Runtime:
         speculation = Speculation(drafter=drafter, most_in_step=most) if self.preset.speculation != "off" else None
         # A step that brings weights from elsewhere takes as long for few tokens as for many.
         least = None if plan.ring_bytes else CHUNK_TOKENS
-        engine = Engine(
-            self.runner, self.blocks, time.sleep, plan.chunk_tokens, speculation, least, apart=self.runner.in_one_call
-        )
+        apart = self.runner.sets_aside and not plan.ring_bytes  # else a step that goes on would bring weights once more
+        engine = Engine(self.runner, self.blocks, time.sleep, plan.chunk_tokens, speculation, least, apart=apart)
         self._engine, self._bell = engine, Bell()
         self.runner.before = engine.resting = self._bell.ring
         way = self.preset.weights, self.preset.lora, plan.kv_type, plan.device, BLOCK_TOKENS, self.runner.in_one_call

@@ -73,14 +73,12 @@ def run() -> dict[str, Any]:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
         for number in range(ROUNDS + 1):  # the first round warms up
             for name, port in ports.items():
-                row = asyncio.run(_measure(port, number, gaps=name != TORCH))
+                row = asyncio.run(_measure(port, number))
                 if number:
                     found[name].append(row)
     rows = {name: {key: statistics.median(row[key] for row in each) for key in each[0]} for name, each in found.items()}
     for name, row in rows.items():
         print(f"{name:22} one {row['one']:6.1f} tokens/s, {PEOPLE} people {row['all']:6.1f} ({row['times']:.2f} x)")
-        if "gap" not in row:
-            continue
         gaps = f"median {1000 * row['gap_median']:.1f}, 99 of 100 {1000 * row['gap_99']:.1f}"
         gaps += f", worst {1000 * row['gap_worst']:.1f} ms"
         print(
@@ -96,9 +94,8 @@ def run() -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def _measure(port: int, number: int, *, gaps: bool) -> dict[str, float]:
-    """One round: one stream, all people, and, where `gaps`, a long prompt beside a running chat. Every prompt is a new
-    one."""
+async def _measure(port: int, number: int) -> dict[str, float]:
+    """One round: one stream, all people, and a long prompt beside a running chat. Every prompt is a new one."""
     begin = time.perf_counter()
     one = await _ask(port, _prompt(number, 0, 40), REPLY)
     alone = one.tokens / (time.perf_counter() - begin)
@@ -106,7 +103,7 @@ async def _measure(port: int, number: int, *, gaps: bool) -> dict[str, float]:
     streams = await asyncio.gather(*(_ask(port, _prompt(number, person, 40), REPLY) for person in range(1, PEOPLE + 1)))
     together = sum(stream.tokens for stream in streams) / (time.perf_counter() - begin)
     speeds = {"one": alone, "all": together, "times": together / alone}
-    return speeds | await _gaps(port, number) if gaps else speeds
+    return speeds | await _gaps(port, number)
 
 
 async def _gaps(port: int, number: int) -> dict[str, float]:

@@ -1,34 +1,48 @@
-"""A long prompt beside a running reply: read a little at a time, so that the reply goes on."""
+"""A long prompt beside a running reply: read a little at a time, so that the reply goes on.
+
+Where a step is one compiled call it is set aside in C; where it is torch operations, between the halves of layers.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from backend.engine import pacing
+from backend.engine.partly import FIRST, SIZES, PartlyComputed, piece_tokens
 from backend.errors import OutOfMemoryError
 from backend.params import GenerationParams
 from backend.runtime import Runtime
-from tests.real import read, starter
+from tests.real import read, starter, tiny_runtime
+from tests.tiny import TinyModel, write_tiny
 
-LONG = [(7919 * place) % 40000 + 1000 for place in range(1200)]
-SHORT = [(104729 * place) % 40000 + 1000 for place in range(40)]
+LONG = [(7919 * place) % 251 + 1 for place in range(1200)]
+SHORT = [(104729 * place) % 251 + 1 for place in range(40)]
 TALK = GenerationParams(max_tokens=400, ignore_eos=True, temperature=1.0, seed=3)
 ANSWER = GenerationParams(max_tokens=5, ignore_eos=True, temperature=1.0, seed=4)
 
 
-@pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
-    runtime = starter("original")
-    if not runtime.runner.in_one_call:
-        pytest.skip("not run: there is no C compiler")
-    described = runtime.runner._compiled._described  # type: ignore[union-attr]
-    monkeypatch.setattr(runtime._engine, "speculation", None)
-    described.uniform = 1
+@pytest.fixture(scope="module")
+def torch_runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    model = TinyModel(context=2048, scale=0.3, n_layers=8)
+    runtime = tiny_runtime(write_tiny(tmp_path_factory.mktemp("reading") / "tiny.gguf", model), weights="f32")
+    assert not runtime.runner.in_one_call
     yield runtime
-    described.uniform = 0
+    runtime.close(drain=False)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    runtime = starter("original") if request.param == "compiled" else request.getfixturevalue("torch_runtime")
+    if request.param == "compiled" and not runtime.runner.in_one_call:
+        pytest.skip("not run: there is no C compiler")
+    monkeypatch.setattr(runtime._engine, "speculation", None)
+    if runtime.runner._compiled is not None:
+        monkeypatch.setattr(runtime.runner._compiled._described, "uniform", 1)
+    return runtime
 
 
 @pytest.fixture
@@ -51,31 +65,39 @@ def done(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+def wait(until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_a_reply_goes_on_while_a_long_prompt_is_read(runtime: Runtime, done: list[str]) -> None:
     alone = [read(runtime.start(ids, params, use_cache=False))[1] for ids, params in ((SHORT, TALK), (LONG, ANSWER))]
     assert set(done) == {"step"}, "where nobody else writes a prompt is read at once"
     done.clear()
     talk = runtime.start(SHORT, TALK, use_cache=False)
-    while talk.stats.completion_tokens < 20:
-        time.sleep(0.001)
+    wait(lambda: talk.stats.completion_tokens >= 20)
     answer = runtime.start(LONG, ANSWER, use_cache=False)
     both = [read(answer)[1], read(talk)[1]]
     assert both == alone[::-1]
-    assert done.count("end") == -(-len(LONG) // 128)
+    most = 128 if runtime.runner.in_one_call else SIZES[-1]
+    assert -(-len(LONG) // most) <= done.count("end") <= -(-len(LONG) // SIZES[0])
     assert done.count("part") > done.count("end"), "pieces are set aside"
     pairs = list(zip(done, done[1:], strict=False))
     assert not [pair for pair in pairs if "step" not in pair], "after some of a piece every reply has its token"
 
 
-def test_who_stops_while_a_prompt_is_read_takes_nobody_along(runtime: Runtime, done: list[str]) -> None:
+def test_who_stops_while_a_prompt_is_read_takes_nobody_along(
+    runtime: Runtime, done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacing, "SHORT", 0.0)  # however fast the machine, these are long prompts
     expected = read(runtime.start(SHORT, TALK, use_cache=False))[1]
     answer_alone = read(runtime.start(LONG[:300], ANSWER, use_cache=False))[1]
     talk = runtime.start(SHORT, TALK, use_cache=False)
-    while talk.stats.completion_tokens < 20:
-        time.sleep(0.001)
+    wait(lambda: talk.stats.completion_tokens >= 20)
     stopped, answer = (runtime.start(ids, ANSWER, use_cache=False) for ids in (LONG, LONG[:300]))
-    while "part" not in done[-50:]:
-        time.sleep(0.001)
+    wait(lambda: "part" in done[-50:])
     stopped.stop()
     assert read(stopped)[2].finish_reason == "cancelled"
     assert read(answer)[1] == answer_alone
@@ -102,8 +124,7 @@ def test_a_piece_for_which_memory_does_not_suffice(
         return run(work)
 
     talk = runtime.start(SHORT, TALK, use_cache=False)
-    while talk.stats.completion_tokens < 20:
-        time.sleep(0.001)
+    wait(lambda: talk.stats.completion_tokens >= 20)
     monkeypatch.setattr(runtime.runner, "begin", begin)
     monkeypatch.setattr(runtime.runner, "run", run_or_fail)
     answer = runtime.start(LONG, ANSWER, use_cache=False)
@@ -115,6 +136,37 @@ def test_a_piece_for_which_memory_does_not_suffice(
     else:
         assert ids == alone[1]
     assert runtime.blocks.in_use == 0
+
+
+def test_halves_of_layers_are_computed_for_as_long_as_they_fit() -> None:
+    """By the clock: attention takes 3 seconds, a feed-forward 5, the output 1."""
+    now = 0.0
+
+    def computed() -> Iterator[torch.Tensor | None]:
+        nonlocal now
+        for seconds in (3, 5) * 3:
+            now += seconds
+            yield None
+        now += 1
+        yield torch.ones(1)
+
+    piece = PartlyComputed(computed(), 64, lambda: now)
+    assert piece.seconds_per_token is None
+    ends = []
+    for seconds in (7.9, 0.5, 7.9, 8.0):
+        assert piece.go_on(seconds) is None
+        ends.append(now)
+    assert ends == [8, 11, 16, 24], "one part in any case, and another one where it takes what it took before"
+    assert piece.seconds_per_token == 5 / 64
+    assert piece.go_on(0.0) == torch.ones(1)
+    assert PartlyComputed(computed(), SIZES[0] - 1).seconds_per_token is None
+
+
+def test_a_piece_has_as_many_tokens_as_half_a_layer_may_take() -> None:
+    assert piece_tokens(None, 0.03) == FIRST
+    assert piece_tokens(0.001, 0.3) == 256
+    assert piece_tokens(0.001, 0.01) == SIZES[0], "some tokens in any case"
+    assert piece_tokens(0.001, 10) == SIZES[-1]
 
 
 def test_seconds_that_a_step_may_read() -> None:

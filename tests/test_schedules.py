@@ -112,6 +112,9 @@ class Memory:
         assert result is not None
         return result
 
+    def piece_tokens(self, seconds: float) -> int:
+        return self._dice.randrange(1, 200)
+
     def begin(self, work: Sequence[Work]) -> Aside:
         self.set_aside += 1
         return Aside(list(work), self._places(work), self._dice.randrange(1, 9))

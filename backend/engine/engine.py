@@ -133,7 +133,8 @@ class Engine:
         if piece is not None and not piece.valid(self.scheduler.running):
             piece = self._piece = None
         if piece is None:
-            work = self.scheduler.piece() if writing else []
+            spare = self.scheduler.spare_seconds(writing, time.perf_counter() - begin)
+            work = self.scheduler.piece(self.runner.piece_tokens(spare)) if writing else []
             self.runner.copy_blocks(self.blocks.take_moves())
             self._read_before = bool(work)
             if not work:

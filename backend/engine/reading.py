@@ -17,7 +17,9 @@ from backend.engine.scheduler import Work
 
 
 class Runner(Protocol):
-    """Steps that can be set aside: `runner.Runner`, where they are compiled."""
+    """Steps that can be set aside: `runner.Runner` on the CPU."""
+
+    def piece_tokens(self, seconds: float) -> int: ...
 
     def begin(self, work: Sequence[Work]) -> Any: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -10,7 +10,8 @@ from backend.cache.blocks import Move
 from backend.cache.kv import KVPool, SequenceSlots
 from backend.engine.compiled import CompiledStep, Going, Tokens
 from backend.engine.gpu import decoder, enter, on_device, to_host
-from backend.engine.scheduler import Work
+from backend.engine.partly import PartlyComputed, piece_tokens
+from backend.engine.scheduler import PREFILL_TOKENS, Work
 from backend.engine.threads import Threads
 from backend.model.attention import attention
 from backend.model.llama import Attend, Llama
@@ -34,6 +35,7 @@ class Runner:
         self.device = pool.device
         self._decoder = decoder(self.model, pool, graphs=graphs)
         self._compiled = CompiledStep.of(self.model, pool) if compiled else None
+        self._part_seconds: float | None = None  # each token of a prompt, where a step is set aside between parts
         self._threads = threads
         self.before: Callable[[], None] = lambda: None  # called when all that is left of a step is to compute it
         self.tokens_evaluated = 0  # all tokens that ever went through the model
@@ -43,6 +45,12 @@ class Runner:
     def in_one_call(self) -> bool:
         """Whether a step is one compiled call."""
         return self._compiled is not None
+
+    @property
+    def sets_aside(self) -> bool:
+        """Whether a step can be computed a little at a time: on the CPU. A GPU computes behind our back: nobody knows
+        when a part of a layer is done."""
+        return self.device.type == "cpu"
 
     def be_uniform(self) -> None:
         """See `CompiledStep.be_uniform`; nothing to do where a step is no compiled one."""
@@ -66,20 +74,32 @@ class Runner:
                 return to_host(self._decoder.run(work))
         return self._logits(*self._flat(work))
 
-    def begin(self, work: Sequence[Work]) -> Going:
-        """A step to be computed a little at a time. Only where it is `in_one_call`."""
-        assert self._compiled is not None
-        self.steps += 1
-        if self._threads is not None:
-            self._threads.use(1)
-        with torch.inference_mode():
-            return self._compiled.begin(*self._flat(work))
+    def piece_tokens(self, seconds: float) -> int:
+        """How many tokens of prompts to `begin` with, where a part of them may take so long."""
+        return PREFILL_TOKENS if self._compiled is not None else piece_tokens(self._part_seconds, seconds)
 
-    def go_on(self, going: Going, seconds: float) -> torch.Tensor | None:
+    def begin(self, work: Sequence[Work]) -> Going | PartlyComputed:
+        """A step to be computed a little at a time, one after the other. Only where it `sets_aside`."""
+        self.steps += 1
+        flat = self._flat(work)
+        self._use_threads(len(flat[0]))
+        with torch.inference_mode():
+            if self._compiled is not None:
+                return self._compiled.begin(*flat)
+            return PartlyComputed(self._parts(*flat), len(flat[0]))
+
+    def go_on(self, going: Going | PartlyComputed, seconds: float) -> torch.Tensor | None:
         """As much of it as fits into so many seconds, at least a part of a layer. Returns what `run` does at the end.
 
         The blocks of the step's sequences must stay theirs until then.
         """
+        if isinstance(going, PartlyComputed):
+            self._use_threads(going.tokens)
+            self.before()
+            with torch.inference_mode():
+                logits = going.go_on(seconds)
+            self._part_seconds = going.seconds_per_token or self._part_seconds
+            return logits
         assert self._compiled is not None
         return self._compiled.go_on(going, self._threads.all if self._threads else 1, seconds, self.before)
 
@@ -113,25 +133,32 @@ class Runner:
 
     def _logits(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int]) -> torch.Tensor:
         """The step itself: compiled where that applies, else one torch operation after the other."""
-        if self._threads is not None:
-            # A compiled step has threads of its own; what torch does around it is small, and so is drawing.
-            self._threads.use(len(ids) if self._compiled is None else 1)
+        self._use_threads(len(ids))
         with torch.inference_mode():
             if self._compiled is not None:
                 return self._compiled.run(ids, parts, rows, self._threads.all if self._threads else 1, self.before)
-            spans = [
-                _Span(part.first, part.count, self.pool.table(part.blocks, part.start, part.start + part.count))
-                for part in parts
-            ]
-            positions = [at for part in parts for at in range(part.start, part.start + part.count)]
+            computed = self._parts(ids, parts, rows)
             self.before()
-            logits = self.model.forward(
-                torch.tensor(ids, device=self.device),
-                torch.tensor(positions, device=self.device),
-                self._attend(spans),
-                torch.tensor(rows, dtype=torch.int64, device=self.device),
-            )
-            return to_host(logits)
+            return to_host(next(logits for logits in computed if logits is not None))
+
+    def _use_threads(self, tokens: int) -> None:
+        if self._threads is not None:
+            # A compiled step has threads of its own; what torch does around it is small, and so is drawing.
+            self._threads.use(tokens if self._compiled is None else 1)
+
+    def _parts(self, ids: Sequence[int], parts: Sequence[Tokens], rows: Sequence[int]) -> Iterator[torch.Tensor | None]:
+        """The step as torch operations: see `Llama.in_parts`. What only Python has to do is done."""
+        spans = [
+            _Span(part.first, part.count, self.pool.table(part.blocks, part.start, part.start + part.count))
+            for part in parts
+        ]
+        positions = [at for part in parts for at in range(part.start, part.start + part.count)]
+        return self.model.in_parts(
+            torch.tensor(ids, device=self.device),
+            torch.tensor(positions, device=self.device),
+            self._attend(spans),
+            torch.tensor(rows, dtype=torch.int64, device=self.device),
+        )
 
     def _attend(self, spans: Sequence[_Span]) -> Attend:
         pool, window = self.pool, self.model.config.sliding_window

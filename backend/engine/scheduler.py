@@ -98,10 +98,10 @@ class Scheduler:
             tokens |= self._pieces(readers, budget)
         return self._reserved(now, tokens)
 
-    def piece(self) -> list[Work]:
-        """What is to be read next of prompts, apart from who writes."""
+    def piece(self, tokens: int) -> list[Work]:
+        """What is to be read next of prompts, apart from who writes: so many tokens at most."""
         readers = self.readers
-        return self._reserved(readers, self._pieces(readers, min(self._prefill_tokens, PREFILL_TOKENS)))
+        return self._reserved(readers, self._pieces(readers, min(self._prefill_tokens, tokens)))
 
     @property
     def readers(self) -> list[Request]:

@@ -7,7 +7,7 @@ computes on the device where its tensors are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,13 @@ class Llama:
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor) -> torch.Tensor:
         """ids, positions (tokens,) int64; rows: which tokens' logits are wanted. Returns float32 (rows, vocab)."""
+        return next(logits for logits in self.in_parts(ids, positions, attend, rows) if logits is not None)
+
+    def in_parts(
+        self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor
+    ) -> Iterator[torch.Tensor | None]:
+        """`forward` in parts: None after each layer's attention and after its feed-forward, and in the end the logits.
+        Between two of them anything else may be computed."""
         add_norm, eps = self.operations.add_norm, self.config.norm_eps
         x = self.embedding(ids)  # (tokens, dim); the residual stream stays in float32
         turns = self.rope.turns(positions)
@@ -51,10 +58,12 @@ class Llama:
         for number, layer in enumerate(self.layers):
             x, read = add_norm(x, delta, layer.attention_norm, eps)
             delta = self._attention(number, layer, read, turns, attend)
+            yield None
             x, read = add_norm(x, delta, layer.ffn_norm, eps)
             delta = layer.w2(self.operations.gated(layer.w13(read)))
+            yield None
         last = None if delta is None else delta.index_select(0, rows)
-        return self.output(add_norm(x.index_select(0, rows), last, self.norm, eps)[1])
+        yield self.output(add_norm(x.index_select(0, rows), last, self.norm, eps)[1])
 
     def turned(self, heads: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query and key with their rotary turn, and value: (tokens, n_heads or n_kv_heads, head_dim) each."""
