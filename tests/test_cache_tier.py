@@ -13,7 +13,7 @@ import torch
 from backend.cache.blocks import BlockCopy, BlockPool, BlockRestore, BlockStore
 from backend.cache.host import HostTier
 from backend.cache.int8 import quantised, values_of
-from backend.cache.kv import KV_TYPES, KVPool
+from backend.cache.kv import KV_TYPES, KVPool, SequenceSlots
 from backend.engine.engine import Engine
 from backend.engine.request import Request
 from backend.engine.runner import Runner
@@ -237,7 +237,7 @@ def test_attention_over_an_int8_cache_is_that_over_its_values(window: int | None
     table = pool.table([4, 1, 2, 5], 0, 100)
     pool.store(1, table, keys, values)
     query = torch.randn(100, 4, 16, generator=generator)[-7:]
-    runs = pool.read(1, table)
+    runs = pool.read(1, SequenceSlots(table.all, table.new))
     assert [run.shape[1] for run, _ in runs] == [32, 64, 4]
     seen_keys, seen_values = (torch.cat(each, dim=1) for each in zip(*runs, strict=True))
     for found, wanted in ((seen_keys, keys), (seen_values, values)):
