@@ -153,8 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
         cut = len(part)
         if hub.break_after and body:
             cut = min(cut, hub.break_after.pop(0))
+        hub.file_bytes += cut if body else 0  # before it is sent: who has it, or wants no more of it, may look at once
         self._send(206 if "Content-Range" in headers else 200, part, headers, cut if body else 0)
-        hub.file_bytes += cut if body else 0
         self.close_connection = self.close_connection or cut < len(part)
 
     def _error(self, status: int, code: str) -> None:
