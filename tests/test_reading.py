@@ -73,18 +73,19 @@ def wait(until: Callable[[], bool]) -> None:
 
 
 def test_a_reply_goes_on_while_a_long_prompt_is_read(runtime: Runtime, done: list[str]) -> None:
-    alone = [read(runtime.start(ids, params, use_cache=False))[1] for ids, params in ((SHORT, TALK), (LONG, ANSWER))]
+    long = LONG[:600]  # read before the talk is over, also on a busy machine
+    alone = [read(runtime.start(ids, params, use_cache=False))[1] for ids, params in ((SHORT, TALK), (long, ANSWER))]
     assert set(done) == {"step"}, "where nobody else writes a prompt is read at once"
     done.clear()
     talk = runtime.start(SHORT, TALK, use_cache=False)
     wait(lambda: talk.stats.completion_tokens >= 20)
-    answer = runtime.start(LONG, ANSWER, use_cache=False)
+    answer = runtime.start(long, ANSWER, use_cache=False)
     both = [read(answer)[1], read(talk)[1]]
     assert both == alone[::-1]
     if runtime.runner.in_one_call:
-        assert done.count("end") == -(-len(LONG) // 128)
+        assert done.count("end") == -(-len(long) // 128)
     else:  # as many tokens at once as half a layer may take
-        assert -(-len(LONG) // SIZES[-1]) <= done.count("end") <= -(-len(LONG) // SIZES[0])
+        assert -(-len(long) // SIZES[-1]) <= done.count("end") <= -(-len(long) // SIZES[0])
     assert done.count("part") > done.count("end"), "pieces are set aside"
     pairs = list(zip(done, done[1:], strict=False))
     assert not [pair for pair in pairs if "step" not in pair], "after some of a piece every reply has its token"

@@ -13,9 +13,9 @@ from backend.model.config import ModelConfig
 
 AT_ONCE = 2 << 20  # bytes taken ahead at a time: one to ten milliseconds
 
-# What it costs to attend to one run more, in bytes of a layer that are copied in that time, on the CPU. Measured for one
-# token with 125 runs: 31 us, or 130 KiB, with 3 heads of 64; 45 us, or 300 KiB, with 8 of 128. Rather too little, so that
-# what is copied is surely faster so. Besides, what each query has found in a run is kept apart until it is known of all.
+# What it costs to attend to one run more, in bytes of a layer that are copied in that time, on the CPU. Measured for
+# one token with 125 runs: 31 us, or 130 KiB, with 3 heads of 64; 45 us, or 300 KiB, with 8 of 128. Rather too little,
+# so that a copy is surely faster. Besides, what each query has found in a run is kept apart until it is known of all.
 BYTES_PER_RUN = 75 << 10
 
 # Values of the preset's key `kv_cache`, without `auto`.
