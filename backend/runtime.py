@@ -36,6 +36,7 @@ from backend.errors import CheckpointError, ContextLengthError, ParameterError, 
 from backend.events import LoadProgress, Status
 from backend.generation import Generation
 from backend.kernels.cpu.memory import populate
+from backend.kernels.cpu.slices import long_slices
 from backend.memory import free_bytes
 from backend.metrics import Records, Totals
 from backend.model.shapes import is_shape
@@ -167,7 +168,9 @@ class Runtime:
         self._keeper = Keeper(caches, numbers, self.blocks, self._kv, config.vocab_size)
         self._keeper.restore()
         plenty = self._kv.nbytes() * PLENTY <= free_bytes(plan.device)
-        self.worker = Worker(engine, max_waiting, partial(self._kv.take_ahead, populate) if plenty else lambda: False)
+        meanwhile = partial(self._kv.take_ahead, populate) if plenty else lambda: False
+        prepare = long_slices if loaded.device.type == "cpu" else lambda: None  # a GPU's threads mostly wait for it
+        self.worker = Worker(engine, max_waiting, meanwhile, prepare)
         self._warm_up()
         self._keeper.mark()
         engine.records = self._records  # from now on: nobody asked for the first reply

@@ -2,7 +2,10 @@
 
 Peer: llama.cpp's server (`xllamacpp`) with as many slots, on the same file. Both run in processes of their own and are
 asked over HTTP by the same client; rounds are interleaved. The client and the readers' events take part of the same
-cores, for both. The worst gap before the long prompt comes in says what the machine itself does to a reply.
+cores, for both; the client collects no garbage meanwhile, or its own pauses would be gaps. The running chat is told in
+plain English, so that each event is one token. A reply's gaps grow with the text before them, so its usual gap is that
+of the seconds right before and right after the long prompt is read. The worst gap of about as many seconds without a
+prompt says what the machine itself does to a reply.
 
 With `weights: bf16` a step is no compiled call but one torch operation after the other; so are its products, but for
 those of 4 tokens at most. The same file is asked that way too, to tell what batching gives from what kernels give.
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -33,8 +37,13 @@ from backend.settings import PROJECT, Settings
 from benchmarks.peers import XLLAMACPP, python_with
 
 NAME, TORCH = "people", "suri, torch operations"
-PEOPLE, REPLY, ROUNDS = 8, 96, 5
-LONG_PROMPT, TALKED, TALK = 4000, 400, 6000  # tokens that come in; of the running chat, events before that and at most
+PEOPLE, REPLY, ROUNDS = 8, 96, 7
+LONG_PROMPT = 4000  # tokens that come in
+TALK = 6000  # tokens of the running chat, at most
+BEFORE, BESIDE = (
+    3.0,
+    2.0,
+)  # seconds of it before the prompt, from its first event on; and of these, and after it, usual ones
 PEER = """
 import sys, time, xllamacpp
 p = xllamacpp.CommonParams()
@@ -71,8 +80,10 @@ def run() -> dict[str, Any]:
         except RuntimeError as error:
             print(f"without the peer: {error}")
         found: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
+        stack.enter_context(_no_garbage_collected())
         for number in range(ROUNDS + 1):  # the first round warms up
             for name, port in ports.items():
+                gc.collect()
                 row = asyncio.run(_measure(port, number))
                 if number:
                     found[name].append(row)
@@ -82,7 +93,8 @@ def run() -> dict[str, Any]:
         gaps = f"median {1000 * row['gap_median']:.1f}, 99 of 100 {1000 * row['gap_99']:.1f}"
         gaps += f", worst {1000 * row['gap_worst']:.1f} ms"
         print(
-            f"{'':22} gap {1000 * row['gap']:.1f}, worst {1000 * row['gap_worst_before']:.1f} ms; "
+            f"{'':22} gap {1000 * row['gap']:.1f}, worst {1000 * row['quiet_worst']:.1f} ms "
+            f"({row['quiet_worst_in_gaps']:.1f} x); "
             f"while {LONG_PROMPT} tokens come in {gaps} "
             f"({row['worst_in_gaps']:.1f} x), read in {row['prompt_seconds']:.1f} s"
         )
@@ -92,6 +104,15 @@ def run() -> dict[str, Any]:
         "people": PEOPLE, "reply_tokens": REPLY, "long_prompt_tokens": LONG_PROMPT, "rounds": ROUNDS,
         "peer": XLLAMACPP, "load_average_before": load, "medians": rows, "rounds_in_full": found,
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 async def _measure(port: int, number: int) -> dict[str, float]:
@@ -108,25 +129,29 @@ async def _measure(port: int, number: int) -> dict[str, float]:
 
 async def _gaps(port: int, number: int) -> dict[str, float]:
     chat = Stream()
-    talking = asyncio.create_task(_ask(port, _prompt(number, 50, 40), TALK, chat))
-    while len(chat.times) < TALKED:
-        await asyncio.sleep(0.01)
+    talking = asyncio.create_task(_ask(port, _story(number), TALK, chat))
+    while not chat.times or time.perf_counter() - chat.times[0] < BEFORE:
+        await asyncio.sleep(0.05)
     asked = time.perf_counter()
     await _ask(port, _prompt(number, 60, LONG_PROMPT), 1)
     answered = time.perf_counter()
-    before = chat.gaps(chat.times[5], asked)
-    normal = statistics.median(before)
-    gaps = chat.gaps(asked, answered)
-    if not talking.done():  # else it has said all it may: where guesses are right, a reply comes to its end sooner
-        gaps.append(answered - chat.times[-1])
+    await asyncio.sleep(BESIDE)
     talking.cancel()
+    answered_in = next((at for at in chat.times if at > answered), answered)  # the end of the gap that this falls into
+    gaps = chat.gaps(asked, answered_in)
+    before, after = chat.gaps(asked - BESIDE, asked), chat.gaps(answered_in, answered_in + BESIDE)
+    usual = statistics.mean(statistics.median(each) for each in (before, after))
+    quiet = max(*chat.gaps(chat.times[5], asked), *after)
     return {
-        "gap": normal,
-        "gap_worst_before": max(before),
+        "gap_before": statistics.median(before),
+        "gap_after": statistics.median(after),
+        "gap": usual,
+        "quiet_worst": quiet,
+        "quiet_worst_in_gaps": quiet / usual,
         "gap_median": statistics.median(gaps),
         "gap_99": sorted(gaps)[len(gaps) * 99 // 100],
         "gap_worst": max(gaps),
-        "worst_in_gaps": max(gaps) / normal,
+        "worst_in_gaps": max(gaps) / usual,
         "prompt_seconds": answered - asked,
     }
 
@@ -136,7 +161,16 @@ def _prompt(number: int, person: int, tokens: int) -> list[int]:
     return [(7919 * (100 * number + person + 1) + 104729 * place) % 40000 + 1000 for place in range(tokens)]
 
 
-async def _ask(port: int, prompt: list[int], tokens: int, stream: Stream | None = None) -> Stream:
+def _story(number: int) -> str:
+    """Like no other one, too. What follows is English, so that each token is text to send; ids like those of `_prompt`
+    may be followed by a script of which a character is two tokens, and of these the first sends nothing."""
+    return (
+        f"{number + 3} stories of the sea and of those who live by it. The first of the {number + 3} is about a man "
+        "who had never learned to swim, and who, one morning in early spring, "
+    )
+
+
+async def _ask(port: int, prompt: list[int] | str, tokens: int, stream: Stream | None = None) -> Stream:
     stream = stream or Stream()
     body = json.dumps(
         {

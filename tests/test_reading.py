@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from math import inf
 
 import pytest
 import torch
 
 from backend.engine import pacing
 from backend.engine.partly import FIRST, SIZES, PartlyComputed, piece_tokens
+from backend.engine.speculation import Speculation
 from backend.errors import OutOfMemoryError
 from backend.params import GenerationParams
 from backend.runtime import Runtime
@@ -89,6 +91,25 @@ def test_a_reply_goes_on_while_a_long_prompt_is_read(runtime: Runtime, done: lis
     assert done.count("part") > done.count("end"), "pieces are set aside"
     pairs = list(zip(done, done[1:], strict=False))
     assert not [pair for pair in pairs if "step" not in pair], "after some of a piece every reply has its token"
+
+
+def test_guesses_leave_time_for_a_prompt(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    speculation = Speculation()
+    monkeypatch.setattr(runtime._engine, "speculation", speculation)
+    add_drafts, limits = speculation.add_drafts, []
+
+    def noted(work, room, slower):  # type: ignore[no-untyped-def]
+        limits.append((bool(runtime._engine.scheduler.readers), slower))
+        return add_drafts(work, room, slower)
+
+    monkeypatch.setattr(speculation, "add_drafts", noted)
+    talk = runtime.start(SHORT, TALK, use_cache=False)
+    wait(lambda: talk.stats.completion_tokens >= 20)
+    answer = runtime.start(LONG[:300], ANSWER, use_cache=False)
+    read(answer)
+    read(talk)
+    assert set(limits) == {(False, inf), (True, pacing.MOST - pacing.LEAST)}
+    assert limits.count((True, pacing.MOST - pacing.LEAST)) > 2
 
 
 def test_who_stops_while_a_prompt_is_read_takes_nobody_along(
@@ -181,7 +202,8 @@ def test_seconds_that_a_step_may_read() -> None:
     assert pace.seconds(2, 1, spent=0.012) == pytest.approx(fitting - 0.002), "what took longer leaves less"
     assert pace.seconds(2, 6, spent=0.010) == pytest.approx(3 * fitting)
     assert pace.seconds(2, 100, spent=0.010) == pytest.approx(pacing.BRIEF)
-    assert pace.seconds(2, 1, spent=1.0) == pytest.approx(pacing.LEAST), "some of it is read all the same"
+    assert pace.seconds(2, 1, spent=1.0) == pytest.approx(pacing.LEAST * 0.010), "some of it is read all the same"
+    assert pacing.Pacing(128).seconds(2, 1, spent=0.030) == pytest.approx(0.030), "nobody knows what is usual"
 
 
 def test_several_short_prompts_are_read_in_a_few_long_gaps() -> None:

@@ -268,6 +268,13 @@ def test_guesses_that_do_not_pay_are_left_out() -> None:
     assert Speculation(LINEAR)._widths([]) == []
 
 
+def test_guesses_take_no_longer_than_they_may() -> None:
+    assert Speculation(LINEAR)._widths([[0.99] * 15], slower=1.5) == [3], "1.45 of a step without"
+    assert sum(Speculation(LINEAR)._widths([[0.99] * 15] * 2, slower=1.5)) == 3, "0.15 each, of 1.15 twice"
+    assert Speculation(Given(1.0, 1.6))._widths([[0.99] * 15], slower=1.5) == [0]
+    assert Speculation(LINEAR)._rounds(1, 1, 0.99, slower=1.5) == 2, "0.1 for each, of the model that guesses"
+
+
 def test_all_sequences_share_a_step() -> None:
     widths = Speculation(FREE)._widths([[0.9] * 15] * 8)
     assert sum(widths) == MOST_IN_STEP - 8

@@ -6,11 +6,12 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 
 from backend.cache.blocks import BlockPool
-from backend.engine.pacing import Pacing
+from backend.engine.pacing import LEAST, MOST, Pacing
 from backend.engine.pairs import Pairs
 from backend.engine.prompt_scores import score_prompt
 from backend.engine.reading import Piece
@@ -94,7 +95,9 @@ class Engine:
         try:
             work = self.scheduler.schedule(apart=self._apart, reading=self._piece is not None)
             if self.speculation is not None:
-                work = self.speculation.add_drafts(work, self.scheduler.room)
+                # Guesses leave time for what has to be read, so that the step is no longer for that.
+                slower = MOST - LEAST if self._apart and self.scheduler.readers else inf
+                work = self.speculation.add_drafts(work, self.scheduler.room, slower)
             self.runner.copy_blocks(self.blocks.take_moves())
             if not work:
                 if self._piece is None:

@@ -15,8 +15,8 @@ from collections import deque
 from math import inf
 from statistics import median
 
-MOST = 2.0  # a step that writes and reads, in steps that only write
-LEAST = 0.25  # of what a step has taken, in any case: a prompt must come to its end, beside wide steps of guesses too
+MOST = 2.0  # a step that writes and reads, in steps that only write without guesses
+LEAST = 0.5  # of a step that only writes, in any case: a prompt must come to its end, beside slow steps too
 BRIEF = 0.1  # seconds: a gap in a reply that is as good as none, once
 SHORT = 2.5  # such gaps at most, in which several prompts together are read: else they are no short ones
 LONGEST = 0.5  # seconds of a step that only reads
@@ -88,11 +88,11 @@ class Pacing:
         step has taken so far; without it, what one takes that only writes. `tokens`: of prompts, still to be read."""
         if not writing:
             return LONGEST
-        alone = self._alone(writing) or 0.0
+        alone = self._alone(writing) or spent or 0.0
         fitting = (MOST - 1) * alone
         longer = BRIEF if self._short(reading, tokens) else min(fitting * reading / writing, BRIEF)
         spent = alone if spent is None else spent
-        return max(max(fitting, longer) + alone - spent, LEAST * spent)
+        return max(max(fitting, longer) + alone - spent, LEAST * alone)
 
     def _short(self, reading: int, tokens: float) -> bool:
         """Whether several prompts come to their end in a few brief gaps, by what steps took that only read."""

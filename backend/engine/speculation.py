@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 from backend.engine.request import Request
@@ -109,10 +110,11 @@ class Speculation:
             self._said.pop(request, None)
             self._drafter.forget(request)
 
-    def add_drafts(self, work: Sequence[Work], room: Callable[[Request, int], int]) -> list[Work]:
+    def add_drafts(self, work: Sequence[Work], room: Callable[[Request, int], int], slower: float = inf) -> list[Work]:
         """The same work, with guesses where they are expected to pay.
 
         `room(request, n)` says for how many tokens, n at most, the request has room in the cache, and reserves it.
+        `slower`: what the step may take with guesses, in steps without.
         """
         if self._resting and len(work) == self._rested:
             self._resting -= 1
@@ -122,8 +124,8 @@ class Speculation:
             return list(work)  # a prompt is being read, and the others wait for it long enough
         guesses = [self._guess(item) for item in work]
         if self._drafter is not None:
-            guesses = self._with_drafter(self._drafter, work, guesses)
-        widths = self._widths([sure for _, sure in guesses])
+            guesses = self._with_drafter(self._drafter, work, guesses, slower)
+        widths = self._widths([sure for _, sure in guesses], slower)
         drafted, busy = [], self._drafter is not None
         for item, (tokens, _), width in zip(work, guesses, widths, strict=True):
             width = room(item.request, width) if width else 0
@@ -176,7 +178,7 @@ class Speculation:
             return [], []
         return guesser.guess(max(0, min(self._most, request.max_length - len(request.ids) - 1)))
 
-    def _with_drafter(self, drafter: Drafter, work: Sequence[Work], guesses: list[Guess]) -> list[Guess]:
+    def _with_drafter(self, drafter: Drafter, work: Sequence[Work], guesses: list[Guess], slower: float) -> list[Guess]:
         """The same guesses, or the drafter's where they are worth its time."""
         for item in work:
             self._learn_from(item.request)
@@ -188,7 +190,7 @@ class Speculation:
             if not sure or sure[0] < chance
         ]
         asked = [(request, count) for request, count in asked if count > 0]
-        rounds = self._rounds(len(work), len(asked), chance)
+        rounds = self._rounds(len(work), len(asked), chance, slower)
         if not rounds:
             return guesses
         found = drafter.guess([(request, min(count, rounds)) for request, count in asked])
@@ -202,7 +204,7 @@ class Speculation:
                 said[request] = tokens, [self._chances.of("drafter", kind) for kind in kinds]
         return [said.get(item.request, guess) for item, guess in zip(work, guesses, strict=True)]
 
-    def _rounds(self, sequences: int, asked: int, chance: float) -> int:
+    def _rounds(self, sequences: int, asked: int, chance: float, slower: float) -> int:
         """How many tokens the drafter is to guess for each who asks; 0 where that is not worth its time."""
         if not asked:
             return 0
@@ -211,7 +213,10 @@ class Speculation:
         drawn = float(sequences)
         for rounds in range(1, min(MOST_OF_DRAFTER, (self._most_in_step - sequences) // asked) + 1):
             drawn += asked * chance**rounds
-            now = drawn / (cost.of(sequences + asked * rounds) + rounds * cost.guess + drawn * cost.token)
+            seconds = cost.of(sequences + asked * rounds) + rounds * cost.guess
+            if seconds > slower * cost.of(sequences):
+                break
+            now = drawn / (seconds + drawn * cost.token)
             if now > speed:
                 best, speed = rounds, now
         if speed >= LEAST_GAIN * plain:
@@ -234,7 +239,7 @@ class Speculation:
             if token != drawn:
                 return
 
-    def _widths(self, sure: list[list[float]]) -> list[int]:
+    def _widths(self, sure: list[list[float]], slower: float = inf) -> list[int]:
         """How many guesses of each sequence to evaluate, by the chances of each to be right if those before it are."""
         reached = []  # (chance that a guess is used, sequence): falling, so those of a sequence stay in order
         for sequence, chances in enumerate(sure):
@@ -245,7 +250,8 @@ class Speculation:
         if not reached:
             return [0] * len(sure)
         reached.sort(key=lambda guess: -guess[0])
-        best, gain = self._best(len(sure), [used for used, _ in reached[: max(0, self._most_in_step - len(sure))]])
+        used_in_step = [used for used, _ in reached[: max(0, self._most_in_step - len(sure))]]
+        best, gain = self._best(len(sure), used_in_step, slower)
         if gain < LEAST_GAIN:
             best = self._probe(reached[0][0])
         else:
@@ -255,13 +261,15 @@ class Speculation:
             widths[sequence] += 1
         return widths
 
-    def _best(self, sequences: int, used: Sequence[float]) -> tuple[int, float]:
+    def _best(self, sequences: int, used: Sequence[float], slower: float) -> tuple[int, float]:
         """The number of guesses that gives most tokens a second, and that speed beside the one without any."""
         cost, token = self.cost, self.cost.token
         plain = sequences / (cost.of(sequences) + sequences * token)
         best, speed, drawn = 0, plain, float(sequences)
         for count, chance in enumerate(used, 1):
             drawn += chance
+            if cost.of(sequences + count) > slower * cost.of(sequences):
+                break
             now = drawn / (cost.of(sequences + count) + drawn * token)
             if now > speed:
                 best, speed = count, now

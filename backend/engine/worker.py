@@ -18,9 +18,16 @@ Result = TypeVar("Result")
 class Worker:
     """Runs `engine.step()` while there is work and sleeps otherwise."""
 
-    def __init__(self, engine: Engine, max_waiting: int, meanwhile: Callable[[], bool] = lambda: False) -> None:
-        """`meanwhile`: a few milliseconds of what is done while nobody wants anything; False when all is done."""
-        self._engine, self._max_waiting, self._meanwhile = engine, max_waiting, meanwhile
+    def __init__(
+        self,
+        engine: Engine,
+        max_waiting: int,
+        meanwhile: Callable[[], bool] = lambda: False,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`meanwhile`: a few milliseconds of what is done while nobody wants anything; False when all is done.
+        `prepare`: what the thread does first."""
+        self._engine, self._max_waiting, self._meanwhile, self._prepare = engine, max_waiting, meanwhile, prepare
         self._inbox: collections.deque[Request] = collections.deque()
         self._errands: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
         self._wake = threading.Condition()
@@ -90,6 +97,7 @@ class Worker:
         self._thread.join()
 
     def _loop(self) -> None:
+        self._prepare()
         more = True  # of what is done meanwhile
         while True:
             with self._wake:

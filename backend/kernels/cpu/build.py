@@ -25,7 +25,7 @@ FLAGS = ("-O3", "-march=native", "-fPIC", "-std=gnu11", "-fno-math-errno")
 # Libraries of more than the one file of their name, and what they ask of the compiler besides. No contraction of
 # a * b + c in products: what is rounded is what the source says, so that one token and many get the same bits.
 SOURCES = {
-    "product": ("product_32.c", "product_256.c", "product.c", "retile.c", "pool.c"),
+    "product": ("product_32.c", "product_256.c", "product.c", "retile.c", "pool.c", "slice.c"),
     "step": ("step.c", "plain.c"),
 }
 MORE_FLAGS = {

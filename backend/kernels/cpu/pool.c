@@ -1,4 +1,5 @@
 #include "pool.h"
+#include "slice.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -56,6 +57,7 @@ static void take_part(int number) {
 
 static void *helper(void *number) {
     uint64_t seen = 0;
+    suri_long_slice();
     for (;;) {
         uint64_t state = atomic_load(&pool.state);
         for (int n = 0; n < LOOK_OUT && state / GENERATION == seen; n++) {
