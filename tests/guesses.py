@@ -20,7 +20,7 @@ class Told:
         """said: the ids of each reply. wrong_at: of every so many tokens of a reply, one is guessed wrongly."""
         self._said, self._most, self._wrong_at = said, most, wrong_at
 
-    def add_drafts(self, work: Sequence[Work], room: Callable[[Request, int], int]) -> list[Work]:
+    def add_drafts(self, work: Sequence[Work], room: Callable[[Request, int], int], slower: float) -> list[Work]:
         return [self._guessed(item, room) for item in work]
 
     def _guessed(self, item: Work, room: Callable[[Request, int], int]) -> Work:

@@ -66,7 +66,7 @@ class Guessing(Speculation):
         super().__init__(FREE)
         self._replies, self._random = replies, random.Random(seed)
 
-    def add_drafts(self, work: Sequence[Work], room: Any) -> list[Work]:
+    def add_drafts(self, work: Sequence[Work], room: Any, slower: float = 1.0) -> list[Work]:
         return [self._with_drafts(item, room) if item.draws and item.tokens == 1 else item for item in work]
 
     def _with_drafts(self, item: Work, room: Any) -> Work:
