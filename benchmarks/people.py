@@ -99,7 +99,7 @@ def run() -> dict[str, Any]:
             f"({row['worst_in_gaps']:.1f} x), read in {row['prompt_seconds']:.1f} s"
         )
         worst = ", ".join(f"{each['worst_in_gaps']:.1f}" for each in found[name])
-        print(f"{'':22} worst by round: {worst} x")
+        print(f"{'':22} worst by round: {worst} x; of gaps before only: {row['worst_in_gaps_before']:.1f} x")
     return {
         "people": PEOPLE, "reply_tokens": REPLY, "long_prompt_tokens": LONG_PROMPT, "rounds": ROUNDS,
         "peer": XLLAMACPP, "load_average_before": load, "medians": rows, "rounds_in_full": found,
@@ -152,6 +152,7 @@ async def _gaps(port: int, number: int) -> dict[str, float]:
         "gap_99": sorted(gaps)[len(gaps) * 99 // 100],
         "gap_worst": max(gaps),
         "worst_in_gaps": max(gaps) / usual,
+        "worst_in_gaps_before": max(gaps) / statistics.median(before),
         "prompt_seconds": answered - asked,
     }
 

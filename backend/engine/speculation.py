@@ -268,9 +268,10 @@ class Speculation:
         best, speed, drawn = 0, plain, float(sequences)
         for count, chance in enumerate(used, 1):
             drawn += chance
-            if cost.of(sequences + count) > slower * cost.of(sequences):
+            seconds = cost.of(sequences + count)
+            if seconds > slower * cost.of(sequences):
                 break
-            now = drawn / (cost.of(sequences + count) + drawn * token)
+            now = drawn / (seconds + drawn * token)
             if now > speed:
                 best, speed = count, now
         return best, speed / plain
