@@ -22,7 +22,7 @@ from backend.weights.blocks import BlockFormat
 from backend.weights.tiles import FIELDS
 
 SHAPES = ((16, 1), (37, 3), (144, 2), (9, 18))  # rows, and columns in blocks of 256
-TOKENS = (1, 3, 6, 8, 16, 17, 33, 70)
+TOKENS = (1, 3, 4, 6, 8, 13, 16, 17, 33, 70)
 
 
 def products(fmt: BlockFormat, variant: str) -> None:
@@ -30,7 +30,7 @@ def products(fmt: BlockFormat, variant: str) -> None:
     assert library is not None
     random = torch.Generator().manual_seed(0)
     for rows, blocks in SHAPES:
-        columns = blocks * 256
+        columns = blocks * 256 + (96 if fmt.elements == 32 else 0)  # also odd numbers of blocks
         raw = torch.randint(0, 60, (rows, columns // fmt.elements * fmt.bytes), dtype=torch.uint8, generator=random)
         tiles = retile(library, [raw], fmt)
         weight = values(library, tiles, fmt, rows, columns)

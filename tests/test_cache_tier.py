@@ -13,7 +13,7 @@ import torch
 from backend.cache.blocks import BlockCopy, BlockPool, BlockRestore, BlockStore
 from backend.cache.host import HostTier
 from backend.cache.int8 import quantised, values_of
-from backend.cache.kv import KV_TYPES, KVPool, SequenceSlots
+from backend.cache.kv import AT_ONCE, KV_TYPES, KVPool, SequenceSlots
 from backend.engine.engine import Engine
 from backend.engine.request import Request
 from backend.engine.runner import Runner
@@ -89,6 +89,22 @@ def test_memory_taken_ahead_is_there_and_keeps_what_is_in_it() -> None:
         array.fill_(1.0)
     assert _faults() - begin < 64, "no page is new"
     assert not pool.take_ahead(populate)
+
+
+def test_memory_is_taken_ahead_in_pieces_that_huge_pages_fit_in() -> None:
+    pool, pieces = KVPool(dataclasses.replace(SHAPE, n_layers=3), 2000, BLOCK, torch.float32), []
+    while pool.take_ahead(lambda address, count: pieces.append((address, count)) or True):
+        pass
+    at = iter(pieces)
+    for array in pool.arrays:
+        address, end = array.data_ptr(), array.data_ptr() + array.nbytes
+        while address < end:
+            first, count = next(at)
+            assert first == address
+            address += count
+            assert address % AT_ONCE == 0 or address == end
+        assert address == end
+    assert next(at, None) is None
 
 
 def _faults() -> int:

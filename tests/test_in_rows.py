@@ -25,7 +25,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fmt", FIELDS, ids=lambda fmt: fmt.name)
-@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 6, 19, 70])
 def test_blocks_in_rows_give_the_bits_of_tiles(fmt, tokens: int) -> None:  # type: ignore[no-untyped-def]
     x = torch.randn(tokens, 1024, generator=torch.Generator().manual_seed(1))
     stacked = [Blocks(random(rows, fmt.row_bytes(1024)), fmt) for rows in HEIGHTS]

@@ -181,6 +181,17 @@ def test_any_number_of_blocks_of_32(columns: int) -> None:
     np.testing.assert_allclose(linear([raw], Q8_0)(x).numpy(), exact, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [32, 64, 96, 352])
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.elements == 32], ids=lambda fmt: fmt.name)
+def test_the_same_bits_for_any_number_of_blocks_of_32(fmt: BlockFormat, columns: int) -> None:
+    """AMX takes two blocks in a turn, of which the last may be alone."""
+    made = linear([blocks(fmt, 37, columns)], fmt)
+    x = torch.randn(21, columns, generator=torch.Generator().manual_seed(3))
+    alone = torch.cat([made(row[None]) for row in x])
+    for tokens in (3, 4, 7, 8, 13, 16, 21):
+        assert torch.equal(made(x[:tokens]), alone[:tokens])
+
+
 @EVERY
 def test_the_same_bits_for_any_number_of_tokens_and_threads(fmt: BlockFormat, threads: None) -> None:
     made = linear([blocks(fmt, 208, 512)], fmt)
@@ -189,7 +200,7 @@ def test_the_same_bits_for_any_number_of_tokens_and_threads(fmt: BlockFormat, th
     alone, many = torch.cat([made(row[None]) for row in x[:9]]), made(x)
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        for tokens in (1, 2, 4, 5, 8, 9, 16, 17, 32):
+        for tokens in (1, 2, 3, 4, 5, 8, 9, 16, 17, 32):
             assert torch.equal(made(x[:tokens])[:9], alone[:tokens])
         for tokens in (33, 48, 65, 130):
             assert torch.equal(made(x[:tokens]), many[:tokens])

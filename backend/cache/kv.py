@@ -166,10 +166,13 @@ class SequenceSlots:
 
 
 def _parts(arrays: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """Address and bytes of all their memory, piece by piece."""
+    """Address and bytes of all their memory, piece by piece: cut where huge pages begin."""
     for array in arrays:
-        for at in range(0, array.nbytes, AT_ONCE):
-            yield array.data_ptr() + at, min(AT_ONCE, array.nbytes - at)
+        at, end = array.data_ptr(), array.data_ptr() + array.nbytes
+        while at < end:
+            after = min(end, (at // AT_ONCE + 1) * AT_ONCE)
+            yield at, after - at
+            at = after
 
 
 def _runs(blocks: Sequence[int], size: int, start: int, end: int) -> list[tuple[int, int]]:

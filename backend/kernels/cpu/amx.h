@@ -24,10 +24,15 @@ struct matrix_registers {
     uint8_t rows[16];
 };
 
+/* The intrinsic does not tell the compiler that all of it is read. */
+static inline void matrix_configure(const struct matrix_registers *registers) {
+    __asm__ volatile("ldtilecfg %0" : : "m"(*registers));
+}
+
 /* Eight registers of 16 rows of 64 bytes. */
 static inline void matrix_whole(void) {
     struct matrix_registers registers = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    _tile_loadconfig(&registers);
+    matrix_configure(&registers);
 }
 
 static inline void matrix_end(void) { _tile_release(); }

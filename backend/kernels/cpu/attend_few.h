@@ -105,13 +105,23 @@ INLINE void few_scores(const struct cached *of, int64_t start, int64_t end, cons
 }
 
 /* Values of a chunk as second factors: pairs of tokens, 16 of them, with 16 dimensions each. Of 32 dimensions the first
- * factor has those that the processor interleaves first: 0-3, 8-11, 16-19, 24-27. What nobody has written yet is 0. */
+ * factor has those that the processor interleaves first: 0-3, 8-11, 16-19, 24-27. What nobody has written yet is 0.
+ *
+ * The cache's blocks lie anywhere, so what is read next is asked for: the values of the block after, and its keys, which
+ * few_scores wants. */
 INLINE void few_values(const struct cached *of, int64_t start, int count, uint16_t (*to)[16 * 32]) {
     const int head_dim = of->head_dim, factors = head_dim / 16;
     for (int t = 0; t < count; t += BLOCK, to += factors) {
-        const uint16_t *values = (const uint16_t *)of->values + of->blocks[(start + t) / BLOCK] * (int64_t)BLOCK * head_dim;
+        const int32_t *block = of->blocks + (start + t) / BLOCK, *after = block + (t + BLOCK < count);
+        const uint16_t *values = (const uint16_t *)of->values + *block * (int64_t)BLOCK * head_dim;
+        const uint16_t *next = (const uint16_t *)of->values + *after * (int64_t)BLOCK * head_dim;
+        const uint16_t *keys = (const uint16_t *)of->keys + *block * (int64_t)BLOCK * head_dim;
         for (int i = 0; i < BLOCK; i += 2)
             for (int d = 0; d < head_dim; d += 32) {
+                __builtin_prefetch(keys + i * head_dim + d);
+                __builtin_prefetch(keys + (i + 1) * head_dim + d);
+                __builtin_prefetch(next + i * head_dim + d);
+                __builtin_prefetch(next + (i + 1) * head_dim + d);
                 __m512i even = _mm512_setzero_si512(), odd = even;
                 if (t + i < count) even = _mm512_loadu_si512(values + i * head_dim + d);
                 if (t + i + 1 < count) odd = _mm512_loadu_si512(values + (i + 1) * head_dim + d);

@@ -36,7 +36,7 @@ MORE_FLAGS = {
     "plain": ("-ffp-contract=fast",),
     "draw": ("-ffp-contract=off",),
 }
-TIMEOUT_S = 180  # seconds of one compiler; on a free machine it takes three
+TIMEOUT_S = 180  # seconds of one compiler; on a free machine it takes five
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,12 @@
 #include "matrix.h"
 #include "product.h"
 #include "retile.h"
+#include "staged.h"
 
 #include <stdlib.h>
 
-enum { TOKENS = 128 /* their sums stay in the first cache */, FEWEST = 4, SLICE = MAX_GROUPS /* groups */ };
-enum { TURNED_BYTES = 8 << 10, FAR = 20 << 10, NEAR = 3 << 10 };
+enum { TOKENS = 128 /* their sums stay in the first cache */ };
+enum { FAR = 20 << 10, NEAR = 3 << 10 };
 
 /* Columns 4 * from .. 4 * to of a group: whole numbers, exact, below 2^28. */
 INLINE lanes dot(struct shape shape, int low, const struct group *group, const int8_t *x, int32_t sum, int from, int to) {
@@ -47,77 +48,6 @@ INLINE floats with_group(struct shape shape, int low, floats sum, const struct g
     lanes whole = dot(shape, low, group, x, about->sums[0] + about->sums[1], 0, 8);
     return add_group(shape, sum, group, about, whole, whole);
 }
-
-#if MATRIX
-/* Some groups of a tile, unpacked once for all tokens. */
-struct panel {
-    _Alignas(64) int8_t codes[SLICE][32][64];
-    float scale[SLICE][LANES], second[SLICE][LANES], minimum[SLICE][LANES];
-};
-
-INLINE void fill_panel(enum format format, int low, int ahead, const uint8_t *from, int64_t blocks, struct panel *panel) {
-    struct shape shape = shape_of(format);
-    for (int64_t at = 0; blocks; blocks--, from += LANES * shape.bytes) {
-        struct record record;
-        struct group group;
-        open_record(format, from, &record);
-        if (ahead)
-            for (int line = 0; line < LANES * shape.bytes; line += 64) __builtin_prefetch(from + FAR + line, 0, 2);
-        for (int g = 0; g < shape.groups; g++, at++) {
-            unpack(format, from, &record, g, &group);
-            matrix_codes(shape, low, &group, panel->codes[at]);
-            store_floats(panel->scale[at], group.scale);
-            if (shape.halved) store_floats(panel->second[at], group.second);
-            if (shape.minimum) store_floats(panel->minimum[at], group.minimum);
-        }
-    }
-}
-
-/* So many tokens (`at_once`) times a panel. What lies after the last token is multiplied too: there is memory behind it
- * (SLACK of product.c), and nobody reads the result. All whole sums first: what a matrix register has stored can be read
- * only when it has left for the cache, and until then there are others to compute. */
-INLINE void panel_tokens(struct shape shape, int low, int at_once, struct panel *panel, int64_t groups, const int8_t *x,
-                         const struct suri_group *about, int64_t tokens, float *sums) {
-    floats own[MATRIX_TOKENS];
-    struct sums first[SLICE], second[SLICE];
-    for (int64_t g = 0; g < groups; g++)
-        matrix_dots(shape, panel->codes[g], x + g * tokens * 2 * GROUP, first + g, second + g);
-    for (int t = 0; t < at_once; t++) own[t] = load_floats(sums + t * LANES);
-    for (int64_t g = 0; g < groups; g++, about += tokens) {
-        floats scale = load_floats(panel->scale[g]), other = scale, minimum = scale;
-        if (shape.halved) other = load_floats(panel->second[g]);
-        if (shape.minimum) minimum = load_floats(panel->minimum[g]);
-#pragma GCC unroll 16
-        for (int t = 0; t < at_once; t++) { /* as add_group has it */
-            lanes whole = load(first[g].high[t]);
-            if (shape.codes_signed) whole = plus(left(whole, low), load(first[g].low[t]));
-            floats scaled = product(scale, to_floats(whole));
-            if (shape.halved) scaled = add_product(scaled, other, to_floats(load(second[g].high[t])));
-            own[t] = add_product(own[t], scaled, all_float(about[t].scale));
-            if (shape.minimum) own[t] = add_product(own[t], minimum, all_float(about[t].weighted));
-        }
-    }
-    for (int t = 0; t < at_once; t++) store_floats(sums + t * LANES, own[t]);
-}
-
-INLINE void records_at_once(enum format format, int at_once, int ahead, const uint8_t *from, int64_t block, int64_t blocks,
-                            const struct suri_input *in, int64_t token, int tokens, float *sums) {
-    struct shape shape = shape_of(format);
-    struct panel panel;
-    if (shape.halved) memset(panel.codes, 0, sizeof panel.codes);
-    for (int64_t left = blocks; left;) {
-        /* A few groups at a time stay in the first cache; a block's at least. */
-        int64_t most = shape.groups < FEWEST ? FEWEST / shape.groups : 1, count = left < most ? left : most;
-        fill_panel(format, in->low, ahead, from, count, &panel);
-        for (int t = 0; t < tokens; t += at_once) {
-            int64_t at = block * shape.groups * in->tokens + token + t;
-            panel_tokens(shape, in->low, at_once, &panel, count * shape.groups, in->codes + at * 2 * GROUP, in->groups + at,
-                         in->tokens, sums + t * LANES);
-        }
-        left -= count, block += count, from += count * LANES * shape.bytes;
-    }
-}
-#endif
 
 /* `blocks` records of a tile, from column block `block` on, and up to TOKENS tokens, one after the other. Adds to sums,
  * which begin as zeros. Each token's sum takes the groups in the same order, however many tokens there are.
@@ -155,38 +85,27 @@ INLINE void records(enum format format, int ahead, const uint8_t *from, int64_t 
     if (tokens == 1) store_floats(sums, alone);
 }
 
-INLINE void records_of(enum format format, int at_once, int ahead, const uint8_t *from, int64_t block, int64_t blocks,
+INLINE void records_of(enum format format, int ahead, const uint8_t *from, int64_t block, int64_t blocks,
                        const struct suri_input *in, int64_t token, int tokens, float *sums) {
-#if MATRIX
-    if (at_once == MATRIX_FEW) records_at_once(format, MATRIX_FEW, ahead, from, block, blocks, in, token, tokens, sums);
-    else if (at_once) records_at_once(format, MATRIX_TOKENS, ahead, from, block, blocks, in, token, tokens, sums);
-    else
-#endif
-        if (tokens == 1) records(format, ahead, from, block, blocks, in, token, 1, sums);
+    if (tokens == 1) records(format, ahead, from, block, blocks, in, token, 1, sums);
     else records(format, ahead, from, block, blocks, in, token, tokens, sums);
 }
 
-/* The same for 16 rows as the file has them: turned into records a little at a time, which stay in the first cache. */
-INLINE void rows_of(enum format format, int at_once, const uint8_t *rows, int64_t row_bytes, const struct suri_input *in,
-                    int64_t token, int tokens, float *sums) {
-    struct shape shape = shape_of(format);
+INLINE void rows_of(enum format format, const uint8_t *rows, int64_t row_bytes, const struct suri_input *in, int64_t token,
+                    int tokens, float *sums) {
+    const struct shape shape = shape_of(format);
     _Alignas(64) uint8_t turned[TURNED_BYTES];
-    const int64_t most = TURNED_BYTES / (LANES * shape.bytes), blocks = row_bytes / shape.bytes;
+    const int64_t most = blocks_turned(shape), blocks = row_bytes / shape.bytes;
     for (int64_t block = 0; block < blocks; block += most) {
         int64_t count = blocks - block < most ? blocks - block : most;
-        for (int64_t b = 0; b < count; b++) {
-            const uint8_t *from = rows + (block + b) * shape.bytes;
-            /* The next 16 rows are one stretch of memory: asked for line by line, as it is read in 16 places at once. */
-            for (int line = 0; line < LANES * shape.bytes; line += 64)
-                __builtin_prefetch(rows + LANES * (row_bytes + (block + b) * shape.bytes) + line);
-            one_record(format, from, row_bytes, turned + b * LANES * shape.bytes);
-        }
-        records_of(format, at_once, 0, turned, block, count, in, token, tokens, sums);
+        turn_rows(format, rows, row_bytes, block, count, turned);
+        records_of(format, 0, turned, block, count, in, token, tokens, sums);
     }
 }
 
 /* The first tokens, as whole numbers. */
-INLINE void few_tokens(enum format format, const struct suri_product *p, int64_t n, const uint8_t *from, int at_once) {
+INLINE void few_tokens(enum format format, const struct suri_product *p, int64_t n, const uint8_t *from, int at_once,
+                       struct panel *panels) {
     struct shape shape = shape_of(format);
     const struct suri_input *in = p->input;
     int64_t blocks = p->columns / (GROUP * shape.groups), rows = rows_of_tile(p, n);
@@ -196,10 +115,17 @@ INLINE void few_tokens(enum format format, const struct suri_product *p, int64_t
         memset(sums, 0, (size_t)tokens * LANES * sizeof(float));
         /* Another thread may have written there: the lines are on their way while the sums are computed. */
         for (int t = 0; t < tokens; t++) __builtin_prefetch(p->out + (token + t) * p->stride + n * LANES, 1);
-        if (p->in_rows) rows_of(format, at_once, from, blocks * shape.bytes, in, token, tokens, sums);
-        else records_of(format, at_once, 1, from, 0, blocks, in, token, tokens, sums);
-        for (int t = 0; t < tokens; t++)
-            memcpy(p->out + (token + t) * p->stride + n * LANES, sums + t * LANES, (size_t)rows * sizeof(float));
+#if MATRIX
+        if (at_once) staged_tile(format, at_once, p, from, token, tokens, panels, sums);
+#endif
+        if (at_once) ;
+        else if (p->in_rows) rows_of(format, from, blocks * shape.bytes, in, token, tokens, sums);
+        else records_of(format, 1, from, 0, blocks, in, token, tokens, sums);
+        float *out = p->out + token * p->stride + n * LANES;
+        if (rows == LANES) /* of a size that the compiler knows */
+            for (int t = 0; t < tokens; t++) store_floats(out + t * p->stride, load_floats(sums + t * LANES));
+        else
+            for (int t = 0; t < tokens; t++) memcpy(out + t * p->stride, sums + t * LANES, (size_t)rows * sizeof(float));
     }
 }
 
@@ -212,12 +138,30 @@ INLINE void tiles_of(enum format format, const struct suri_product *p, int64_t f
         if (!(filled = calloc(1, (size_t)tile_bytes))) abort();
         memcpy(filled, p->tiles + (last - 1) * tile_bytes, (size_t)(rows * (tile_bytes / LANES)));
     }
-    int64_t few = p->last - p->first;
-    int at_once = !MATRIX || few <= MATRIX_WORTH_IT || !matrix_allowed() ? 0 : few <= MATRIX_FEW ? MATRIX_FEW : MATRIX_TOKENS;
-    if (at_once) matrix_begin(at_once);
-    for (int64_t n = first; few && n < last; n++)
-        few_tokens(format, p, n, filled && n + 1 == last ? filled : p->tiles + n * tile_bytes, at_once);
-    if (at_once) matrix_end();
+    const int64_t few = p->last - p->first;
+    const int matrix = MATRIX && few > matrix_worth_it(shape) && matrix_allowed();
+#define FEW_TOKENS(at_once, panels) \
+    for (int64_t n = first; few && n < last; n++) \
+    few_tokens(format, p, n, filled && n + 1 == last ? filled : p->tiles + n * tile_bytes, at_once, panels)
+#if MATRIX
+    struct panel panels[STAGES];
+#define MATRIX_TILES(at_once) \
+    do { \
+        matrix_begin(shape, few < at_once ? (int)few : at_once); \
+        FEW_TOKENS(at_once, panels); \
+        matrix_end(); \
+    } while (0)
+    if (matrix) {
+        if (shape.halved)
+            for (int n = 0; n < STAGES; n++) memset(panels[n].codes, 0, sizeof panels[n].codes);
+        if (few <= MATRIX_FEWEST) MATRIX_TILES(MATRIX_FEWEST);
+        else if (few <= MATRIX_FEW) MATRIX_TILES(MATRIX_FEW);
+        else MATRIX_TILES(MATRIX_TOKENS);
+    }
+#undef MATRIX_TILES
+#endif
+    if (!matrix) FEW_TOKENS(0, 0);
+#undef FEW_TOKENS
 #if MATRIX
     if (!p->first && p->input->few < p->input->tokens) many_tokens(format, p, first, last, filled);
 #endif

@@ -15,6 +15,7 @@ import torch
 
 _WORTH_IT = 4 << 20
 _POPULATE_READ, _POPULATE_WRITE = 22, 23  # of madvise, since Linux 5.14; Python's mmap has no names for them
+_COLLAPSE = 25  # the same, since Linux 6.1
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -39,9 +40,13 @@ def bring(tensor: torch.Tensor) -> None:
 
 def populate(address: int, count: int) -> bool:
     """Have the system give all pages that lie in these bytes now, instead of each when it is first written to. What is
-    in them stays. False where it cannot: then all is as before."""
+    in them stays. Where a huge page fits it becomes one, if the system can. False where the system gives none ahead."""
     first, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + count) // mmap.PAGESIZE * mmap.PAGESIZE
-    return sys.platform == "linux" and first < end and not _advise(first, end, _POPULATE_WRITE)
+    if sys.platform != "linux":
+        return False
+    if first < end:
+        _advise(first, end, _COLLAPSE)
+    return first >= end or not _advise(first, end, _POPULATE_WRITE)
 
 
 def _advise(first: int, last: int, advice: int) -> int:
