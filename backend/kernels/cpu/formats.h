@@ -15,6 +15,16 @@ enum format {
     Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23,
 };
 enum { GROUP = 32, MAX_GROUPS = 8 };
+enum { FAR = 20 << 10, NEAR = 3 << 10 };
+
+/* What follows these bytes in memory is asked for, every line of it: far ahead into the second cache, which waits for many
+ * more lines at once than the first, and near into the first. */
+INLINE void ask_ahead(const uint8_t *from, int bytes) {
+    for (int line = 0; line < bytes; line += 64) {
+        __builtin_prefetch(from + FAR + line, 0, 2);
+        __builtin_prefetch(from + NEAR + line, 0, 3);
+    }
+}
 
 struct shape { /* of one block of one row: bytes, groups of 32, what is taken off the codes */
     int bytes, groups, offset, minimum, codes_signed, halved;

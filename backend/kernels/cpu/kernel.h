@@ -13,7 +13,6 @@
 #include <stdlib.h>
 
 enum { TOKENS = 128 /* their sums stay in the first cache */ };
-enum { FAR = 20 << 10, NEAR = 3 << 10 };
 
 /* Columns 4 * from .. 4 * to of a group: whole numbers, exact, below 2^28. */
 INLINE lanes dot(struct shape shape, int low, const struct group *group, const int8_t *x, int32_t sum, int from, int to) {
@@ -51,9 +50,7 @@ INLINE floats with_group(struct shape shape, int low, floats sum, const struct g
 
 /* `blocks` records of a tile, from column block `block` on, and up to TOKENS tokens, one after the other. Adds to sums,
  * which begin as zeros. Each token's sum takes the groups in the same order, however many tokens there are.
- *
- * `ahead`: what follows in memory is asked for, every line of it: far ahead into the second cache, which waits for many
- * more lines at once than the first, and near into the first. */
+ * `ahead`: what follows in memory is asked for. */
 INLINE void records(enum format format, int ahead, const uint8_t *from, int64_t block, int64_t blocks,
                     const struct suri_input *in, int64_t token, int tokens, float *sums) {
     struct shape shape = shape_of(format);
@@ -66,12 +63,8 @@ INLINE void records(enum format format, int ahead, const uint8_t *from, int64_t 
         for (int g = 0; g < shape.groups; g++, at += in->tokens) {
             const int8_t *x = in->codes + at * 2 * GROUP;
             const struct suri_group *about = in->groups + at;
-            if (ahead)
-                for (int line = 0; line < LANES * shape.bytes / shape.groups; line += 64) {
-                    const uint8_t *here = from + g * (LANES * shape.bytes / shape.groups) + line;
-                    __builtin_prefetch(here + FAR, 0, 2);
-                    __builtin_prefetch(here + NEAR, 0, 3);
-                }
+            const int bytes = LANES * shape.bytes / shape.groups;
+            if (ahead) ask_ahead(from + g * bytes, bytes);
             unpack(format, from, &record, g, &group);
             if (tokens == 1) alone = with_group(shape, in->low, alone, &group, x, about);
             else

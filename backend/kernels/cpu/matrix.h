@@ -17,6 +17,7 @@ enum { MATRIX_TOKENS = 16, MATRIX_FEW = 8, MATRIX_FEWEST = 4 };
 INLINE int matrix_worth_it(struct shape shape) { return shape.halved ? 4 : 3; }
 
 #if MATRIX
+typedef int8_t line[64];
 enum { APART_TOKENS = 8 }; /* so many are two rows each in one register */
 
 /* Registers: 0 and 1 sums, 2 and 3 activations, 4 codes. tokens: that there are, MATRIX_TOKENS at most. */
@@ -36,7 +37,7 @@ INLINE int sum_lines(struct shape shape, int at_once) { return shape.codes_signe
 /* The codes of a group as matrix_dots wants them, less what is taken off them, so that sums need no correction. Where
  * codes come twice and halves of the columns are summed apart, they are two factors, and each is zero (and has been made
  * so) where the other is not. mask: the bits of a byte that are left of a code times 2^low. */
-INLINE void matrix_codes(struct shape shape, lanes low, lanes mask, const struct group *group, int8_t (*to)[64]) {
+INLINE void matrix_codes(struct shape shape, lanes low, lanes mask, const struct group *group, line *to) {
     for (int u = 0; u < 8; u++) {
         lanes codes = group->codes[u];
         if (shape.offset) codes = _mm512_sub_epi8(codes, _mm512_set1_epi8((char)shape.offset));
@@ -53,7 +54,7 @@ INLINE void matrix_codes(struct shape shape, lanes low, lanes mask, const struct
 
 /* Of each token the sum of all columns; or the sums of its high and of its low parts; or of all tokens that of columns
  * 0 .. 15, then of 16 .. 31. `x`: a token's 64 bytes; the next token's follow. */
-INLINE void matrix_dots(struct shape shape, int at_once, int8_t (*codes)[64], const int8_t *x, int32_t (*sums)[LANES]) {
+INLINE void matrix_dots(struct shape shape, int at_once, const line *codes, const int8_t *x, int32_t (*sums)[LANES]) {
     if (shape.codes_signed) {
         _tile_zero(0);
         _tile_loadd(4, codes[0], 64);

@@ -26,30 +26,31 @@ INLINE void turn_rows(enum format format, const uint8_t *rows, int64_t row_bytes
 }
 
 #if MATRIX
-enum { SLICE = 2 /* groups */, STAGES = 3, FAR_AHEAD = 20 << 10 };
+enum { SLICE = 2 /* groups */, STAGES = 3 };
 
 /* Codes and sums of a group begin where those of the one before end, so that all stay in the first cache. */
 struct panel {
-    _Alignas(64) int8_t codes[SLICE * 32][64];
+    _Alignas(64) line codes[SLICE * 32];
     float scale[SLICE][LANES], second[SLICE][LANES], minimum[SLICE][LANES];
     int32_t sums[SLICE * 2 * MATRIX_TOKENS][LANES];
+    const line *at[SLICE]; /* where the codes of each group are */
 };
 
-/* A record is opened with the `first` of its groups. */
-INLINE void unpack_slice(enum format format, lanes low, lanes mask, int ahead, const uint8_t **next, struct record *record, int first,
-                         int count, struct panel *panel) {
+/* Codes that lie in the record as matrix_dots wants them stay there. A record is opened with the `first` of its groups. */
+INLINE void unpack_slice(enum format format, lanes low, lanes mask, int ahead, const uint8_t **next, struct record *record,
+                         int first, int count, struct panel *panel) {
     const struct shape shape = shape_of(format);
     for (int g = 0; g < count; g++) {
         struct group group;
         const int in_record = shape.groups == 1 ? 0 : first + g;
         if (in_record == 0) {
-            if (ahead)
-                for (int line = 0; line < LANES * shape.bytes; line += 64) __builtin_prefetch(*next + FAR_AHEAD + line, 0, 2);
+            if (ahead) ask_ahead(*next, LANES * shape.bytes);
             open_record(format, *next, record);
         }
         unpack(format, *next, record, in_record, &group);
+        panel->at[g] = format == Q8_0 ? (const line *)(*next + 32) : panel->codes + g * code_lines(shape);
+        if (format != Q8_0) matrix_codes(shape, low, mask, &group, panel->codes + g * code_lines(shape));
         if (in_record + 1 == shape.groups) *next += LANES * shape.bytes;
-        matrix_codes(shape, low, mask, &group, panel->codes + g * code_lines(shape));
         store_floats(panel->scale[g], group.scale);
         if (shape.halved) store_floats(panel->second[g], group.second);
         if (shape.minimum) store_floats(panel->minimum[g], group.minimum);
@@ -59,8 +60,7 @@ INLINE void unpack_slice(enum format format, lanes low, lanes mask, int ahead, c
 /* x: the first token's 64 bytes of the slice's first group; the next group's `step` bytes further on. */
 INLINE void sum_slice(struct shape shape, int at_once, const int8_t *x, int64_t step, int count, struct panel *panel) {
     for (int g = 0; g < count; g++, x += step)
-        matrix_dots(shape, at_once, panel->codes + g * code_lines(shape), x,
-                    panel->sums + g * sum_lines(shape, at_once));
+        matrix_dots(shape, at_once, panel->at[g], x, panel->sums + g * sum_lines(shape, at_once));
 }
 
 /* As add_group of kernel.h has it. What lies after the last token is multiplied too: there is memory behind it (SLACK of
@@ -98,8 +98,8 @@ INLINE void staged_records(enum format format, int at_once, int ahead, const uin
 #pragma GCC unroll 16
     for (int t = 0; t < at_once; t++) own[t] = load_floats(sums + t * LANES);
     for (int64_t slice = 0; slice < slices + STAGES - 1; slice++) {
-#define UNPACK(first) \
-    unpack_slice(format, low, mask, ahead, &from, &record, first, shape.groups > 1 || slice + 1 < slices ? SLICE : last, unpacked)
+        const int here = shape.groups > 1 || slice + 1 < slices ? SLICE : last;
+#define UNPACK(first) unpack_slice(format, low, mask, ahead, &from, &record, first, here, unpacked)
         if (slice >= slices) ; /* nothing is left */
         else if (shape.groups == 1 || slice % 4 == 0) UNPACK(0);
         else if (slice % 4 == 1) UNPACK(2);
