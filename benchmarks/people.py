@@ -40,10 +40,9 @@ NAME, TORCH = "people", "suri, torch operations"
 PEOPLE, REPLY, ROUNDS = 8, 96, 7
 LONG_PROMPT = 4000  # tokens that come in
 TALK = 6000  # tokens of the running chat, at most
-BEFORE, BESIDE = (
-    3.0,
-    2.0,
-)  # seconds of it before the prompt, from its first event on; and of these, and after it, usual ones
+BEFORE = 3.0  # seconds of it before the prompt, from its first event on
+BESIDE = 2.0  # the last of these, and as many after it, have its usual gaps
+REST = 3.0  # seconds
 PEER = """
 import sys, time, xllamacpp
 p = xllamacpp.CommonParams()
@@ -84,6 +83,7 @@ def run() -> dict[str, Any]:
         for number in range(ROUNDS + 1):  # the first round warms up
             for name, port in ports.items():
                 gc.collect()
+                time.sleep(REST)  # the program before may not have noticed yet that nobody reads its chat any more
                 row = asyncio.run(_measure(port, number))
                 if number:
                     found[name].append(row)

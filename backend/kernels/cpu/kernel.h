@@ -14,6 +14,8 @@
 
 enum { TOKENS = 128 /* their sums stay in the first cache */ };
 
+struct panel; /* of staged.h, where there is AMX */
+
 /* Columns 4 * from .. 4 * to of a group: whole numbers, exact, below 2^28. */
 INLINE lanes dot(struct shape shape, int low, const struct group *group, const int8_t *x, int32_t sum, int from, int to) {
     /* Four chains, so that none need wait for another. */
@@ -96,8 +98,8 @@ INLINE void rows_of(enum format format, const uint8_t *rows, int64_t row_bytes, 
     }
 }
 
-/* The first tokens, as whole numbers. */
-INLINE void few_tokens(enum format format, const struct suri_product *p, int64_t n, const uint8_t *from, int at_once,
+/* The first tokens, as whole numbers: `at_once` of them by AMX, where there are panels, or one after the other. */
+INLINE void few_tokens(enum format format, int at_once, const struct suri_product *p, int64_t n, const uint8_t *from,
                        struct panel *panels) {
     struct shape shape = shape_of(format);
     const struct suri_input *in = p->input;
@@ -109,10 +111,10 @@ INLINE void few_tokens(enum format format, const struct suri_product *p, int64_t
         /* Another thread may have written there: the lines are on their way while the sums are computed. */
         for (int t = 0; t < tokens; t++) __builtin_prefetch(p->out + (token + t) * p->stride + n * LANES, 1);
 #if MATRIX
-        if (at_once) staged_tile(format, at_once, p, from, token, tokens, panels, sums);
+        if (panels) staged_tile(format, at_once, p, from, token, tokens, panels, sums);
+        else
 #endif
-        if (at_once) ;
-        else if (p->in_rows) rows_of(format, from, blocks * shape.bytes, in, token, tokens, sums);
+            if (p->in_rows) rows_of(format, from, blocks * shape.bytes, in, token, tokens, sums);
         else records_of(format, 1, from, 0, blocks, in, token, tokens, sums);
         float *out = p->out + token * p->stride + n * LANES;
         if (rows == LANES) /* of a size that the compiler knows */
@@ -120,6 +122,24 @@ INLINE void few_tokens(enum format format, const struct suri_product *p, int64_t
         else
             for (int t = 0; t < tokens; t++) memcpy(out + t * p->stride, sums + t * LANES, (size_t)rows * sizeof(float));
     }
+}
+
+/* `filled`: stands for the last tile, or 0. */
+INLINE void few_tiles(enum format format, int at_once, const struct suri_product *p, int64_t first, int64_t last,
+                      const uint8_t *filled) {
+    const struct shape shape = shape_of(format);
+    const int64_t tile_bytes = p->columns / (GROUP * shape.groups) * shape.bytes * LANES;
+#if MATRIX
+    struct panel room[STAGES], *panels = at_once ? room : 0;
+    if (panels) begin_panels(shape, p->last - p->first < at_once ? (int)(p->last - p->first) : at_once, panels);
+#else
+    struct panel *panels = 0;
+#endif
+    for (int64_t n = first; n < last; n++)
+        few_tokens(format, at_once, p, n, filled && n + 1 == last ? filled : p->tiles + n * tile_bytes, panels);
+#if MATRIX
+    if (panels) matrix_end();
+#endif
 }
 
 INLINE void tiles_of(enum format format, const struct suri_product *p, int64_t first, int64_t last) {
@@ -132,29 +152,12 @@ INLINE void tiles_of(enum format format, const struct suri_product *p, int64_t f
         memcpy(filled, p->tiles + (last - 1) * tile_bytes, (size_t)(rows * (tile_bytes / LANES)));
     }
     const int64_t few = p->last - p->first;
-    const int matrix = MATRIX && few > matrix_worth_it(shape) && matrix_allowed();
-#define FEW_TOKENS(at_once, panels) \
-    for (int64_t n = first; few && n < last; n++) \
-    few_tokens(format, p, n, filled && n + 1 == last ? filled : p->tiles + n * tile_bytes, at_once, panels)
-#if MATRIX
-    struct panel panels[STAGES];
-#define MATRIX_TILES(at_once) \
-    do { \
-        matrix_begin(shape, few < at_once ? (int)few : at_once); \
-        FEW_TOKENS(at_once, panels); \
-        matrix_end(); \
-    } while (0)
-    if (matrix) {
-        if (shape.halved)
-            for (int n = 0; n < STAGES; n++) memset(panels[n].codes, 0, sizeof panels[n].codes);
-        if (few <= MATRIX_FEWEST) MATRIX_TILES(MATRIX_FEWEST);
-        else if (few <= MATRIX_FEW) MATRIX_TILES(MATRIX_FEW);
-        else MATRIX_TILES(MATRIX_TOKENS);
-    }
-#undef MATRIX_TILES
-#endif
-    if (!matrix) FEW_TOKENS(0, 0);
-#undef FEW_TOKENS
+    if (MATRIX && few > matrix_worth_it(shape) && matrix_allowed()) {
+        if (few <= MATRIX_FEWEST) few_tiles(format, MATRIX_FEWEST, p, first, last, filled);
+        else if (few <= MATRIX_FEW) few_tiles(format, MATRIX_FEW, p, first, last, filled);
+        else few_tiles(format, MATRIX_TOKENS, p, first, last, filled);
+    } else if (few)
+        few_tiles(format, 0, p, first, last, filled);
 #if MATRIX
     if (!p->first && p->input->few < p->input->tokens) many_tokens(format, p, first, last, filled);
 #endif

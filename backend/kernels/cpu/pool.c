@@ -5,7 +5,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 
-enum { MAX_THREADS = 256, LOOK_OUT = 400 /* pauses: some 10 to 25 microseconds */, PATIENCE = 4000 };
+enum { MAX_THREADS = 256, LOOK_OUT = 1000 /* pauses: some 25 to 60 microseconds */, PATIENCE = 4000 };
 #define OPEN ((uint64_t)1 << 16)
 #define GENERATION ((uint64_t)1 << 17)
 

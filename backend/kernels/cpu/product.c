@@ -44,29 +44,45 @@ INLINE uint32_t largest_bits(const float *from) {
 #endif
 }
 
-/* 16 numbers, in steps -> whole numbers, nearest, ties to even, in high and low parts; returns their sum. */
-INLINE int32_t split(const float *from, float steps, int low, int8_t *highs, int8_t *lows) {
-#if defined(__AVX512F__) && !defined(SURI_PORTABLE)
-    __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(steps)));
-    __m128i by = _mm_cvtsi32_si128(low);
-    __m512i high = _mm512_sra_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(1 << (low - 1))), by);
-    _mm_storeu_si128((__m128i *)highs, _mm512_cvtepi32_epi8(high));
-    _mm_storeu_si128((__m128i *)lows, _mm512_cvtepi32_epi8(_mm512_sub_epi32(code, _mm512_sll_epi32(high, by))));
-    return _mm512_reduce_add_epi32(code);
+/* 32 numbers, in steps -> whole numbers, nearest, ties to even: their high parts, then their low ones; and the sum of each
+ * half. */
+INLINE void split(const float *from, float steps, int low, int8_t *parts, int32_t *sums) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && !defined(SURI_PORTABLE)
+    const __m512i by = _mm512_set1_epi32(low), half = _mm512_set1_epi32(1 << (low - 1)), top = _mm512_set1_epi8((char)0x80);
+    const __m512i in_turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512 step = _mm512_set1_ps(steps);
+    __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from), step));
+    __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + 16), step));
+    __m512i high = _mm512_srav_epi32(_mm512_add_epi32(first, half), by);
+    __m512i other = _mm512_srav_epi32(_mm512_add_epi32(second, half), by);
+    __m512i rest = _mm512_sub_epi32(first, _mm512_sllv_epi32(high, by));
+    __m512i more = _mm512_sub_epi32(second, _mm512_sllv_epi32(other, by));
+    __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(high, other), _mm512_packs_epi32(rest, more));
+    bytes = _mm512_permutexvar_epi32(in_turn, bytes); /* each lane of 128 bits has had four of each of the four */
+    _mm512_storeu_si512(parts, bytes);
+    /* Eight bytes at a time, each 128 more than it is. */
+    __m512i eight = _mm512_sad_epu8(_mm512_xor_si512(bytes, top), _mm512_setzero_si512());
+    eight = _mm512_add_epi64(eight, _mm512_shuffle_epi32(eight, (_MM_PERM_ENUM)0x4e));
+    eight = _mm512_sub_epi64(eight, _mm512_set1_epi64(16 * 128));
+    __m256i both = _mm256_sllv_epi32(_mm512_castsi512_si256(eight), _mm256_set1_epi32(low));
+    both = _mm256_add_epi32(both, _mm512_extracti64x4_epi64(eight, 1));
+    sums[0] = _mm256_cvtsi256_si32(both);
+    sums[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(both, 1));
 #else
-    int32_t sum = 0;
-    for (int j = 0; j < 16; j++) {
-        /* Added to 1.5 * 2^23, a number is rounded to a whole one in the lowest bits. */
-        float moved = from[j] * steps + 12582912.0f;
-        int32_t code;
-        memcpy(&code, &moved, 4);
-        code -= 0x4b400000;
-        sum += code;
-        int32_t high = (code + (1 << (low - 1))) >> low;
-        highs[j] = (int8_t)high;
-        lows[j] = (int8_t)(code - high * (1 << low));
+    for (int h = 0; h < 2; h++) {
+        sums[h] = 0;
+        for (int j = 16 * h; j < 16 * h + 16; j++) {
+            /* Added to 1.5 * 2^23, a number is rounded to a whole one in the lowest bits. */
+            float moved = from[j] * steps + 12582912.0f;
+            int32_t code;
+            memcpy(&code, &moved, 4);
+            code -= 0x4b400000;
+            sums[h] += code;
+            int32_t high = (code + (1 << (low - 1))) >> low;
+            parts[j] = (int8_t)high;
+            parts[GROUP + j] = (int8_t)(code - high * (1 << low));
+        }
     }
-    return sum;
 #endif
 }
 
@@ -84,8 +100,7 @@ static void quantise(const float *from, int low, int8_t *codes, struct suri_grou
     }
     const float most = (float)(127 << low), step = most / largest;
     group->scale = largest / most;
-    for (int half = 0; half < 2; half++)
-        group->sums[half] = split(from + 16 * half, step, low, codes + 16 * half, codes + GROUP + 16 * half);
+    split(from, step, low, codes, group->sums);
     group->weighted = group->scale * (float)(group->sums[0] + group->sums[1]);
 }
 

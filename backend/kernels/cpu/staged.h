@@ -14,7 +14,8 @@ enum { TURNED_BYTES = 8 << 10 };
 
 INLINE int64_t blocks_turned(struct shape shape) { return TURNED_BYTES / (LANES * shape.bytes); }
 
-INLINE void turn_rows(enum format format, const uint8_t *rows, int64_t row_bytes, int64_t block, int64_t count, uint8_t *to) {
+INLINE void turn_rows(enum format format, const uint8_t *rows, int64_t row_bytes, int64_t block, int64_t count,
+                      uint8_t *to) {
     const struct shape shape = shape_of(format);
     for (int64_t b = block; b < block + count; b++, to += LANES * shape.bytes) {
         const uint8_t *from = rows + b * shape.bytes;
@@ -35,6 +36,12 @@ struct panel {
     int32_t sums[SLICE * 2 * MATRIX_TOKENS][LANES];
     const line *at[SLICE]; /* where the codes of each group are */
 };
+
+INLINE void begin_panels(struct shape shape, int tokens, struct panel *panels) {
+    matrix_begin(shape, tokens);
+    if (shape.halved)
+        for (int n = 0; n < STAGES; n++) memset(panels[n].codes, 0, sizeof panels[n].codes);
+}
 
 /* Codes that lie in the record as matrix_dots wants them stay there. A record is opened with the `first` of its groups. */
 INLINE void unpack_slice(enum format format, lanes low, lanes mask, int ahead, const uint8_t **next, struct record *record,
@@ -132,7 +139,8 @@ INLINE void staged_tile(enum format format, int at_once, const struct suri_produ
         const uint8_t *records = from + block * LANES * shape.bytes;
         if (p->in_rows) turn_rows(format, from, blocks * shape.bytes, block, count, turned), records = turned;
         for (int t = 0; t < tokens; t += at_once)
-            staged_records(format, at_once, !p->in_rows, records, block, count, p->input, token + t, panels, sums + t * LANES);
+            staged_records(format, at_once, !p->in_rows, records, block, count, p->input, token + t, panels,
+                           sums + t * LANES);
     }
 }
 #endif
