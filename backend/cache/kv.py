@@ -11,7 +11,7 @@ from backend.cache.int8 import quantised, values_of
 from backend.cache.places import BlockCopy, BlockStore, Move
 from backend.model.config import ModelConfig
 
-AT_ONCE = 2 << 20  # bytes taken ahead at a time: one to ten milliseconds
+AT_ONCE = 2 << 20  # bytes taken ahead at a time: a huge page; one to ten milliseconds
 
 # What it costs to attend to one run more, in bytes of a layer that are copied in that time, on the CPU. Measured for
 # one token with 125 runs: 31 us, or 130 KiB, with 3 heads of 64; 45 us, or 300 KiB, with 8 of 128. Rather too little,
