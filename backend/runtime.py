@@ -50,6 +50,7 @@ from backend.placement.plan import BLOCK_TOKENS, Plan, plan, with_draft, without
 from backend.presets import Preset
 from backend.prompting import Prompting, choose_format
 from backend.room import Held
+from backend.said import Said
 from backend.sampling.grammar import Grammars
 from backend.store.caches import CacheFolder
 from backend.text.messages import Message
@@ -120,6 +121,7 @@ class Runtime:
         self.prepared, self._records, self._closed = prepared, records, False
         self.preset, self.plan = prepared.preset, prepared.plan
         self.checkpoint, self.prompting = prepared.checkpoint, prepared.prompting
+        self._said = Said(prepared.prompting.tokenizer)
         self.tokenizer = self.prompting.tokenizer
         self._grammars = Grammars(self.tokenizer, self.prompting.end_ids)
         label = self.preset.title or self.preset.name
@@ -260,17 +262,22 @@ class Runtime:
         `trim`: a chat that has outgrown the context is read without its oldest turns instead of being refused;
         `left_out` of the reply says without how many messages.
         """
-        encode = self.prompting.encode_chat
-        fitted = self.fit_chat(messages, params) if trim else Fitted(encode(messages), 0, tuple(messages))
+        encode, size = partial(self.encode_chat, person=options.get("person", "")), self.prompting.message_size
+        if trim:
+            fitted = fit_chat(messages, encode, size, self.plan.context, params.max_tokens)
+        else:
+            fitted = Fitted(encode(messages), 0, tuple(messages))
         negative = None
         if params.guidance_scale != 1 and params.negative_prompt:
             negative = encode(with_system(fitted.messages, params.negative_prompt))
         return self.start(fitted.ids, params, chat=True, left_out=fitted.left_out, negative=negative, **options)
 
-    def fit_chat(self, messages: Sequence[Message], params: GenerationParams) -> Fitted:
-        """What of a chat is read, with room for a reply."""
-        prompting = self.prompting
-        return fit_chat(messages, prompting.encode_chat, prompting.message_size, self.plan.context, params.max_tokens)
+    def encode_chat(
+        self, messages: Sequence[Message], *, person: str = "", generation_prompt: bool = True
+    ) -> list[int]:
+        """A chat's prompt: replies of this model as they were drawn, all else as the tokenizer cuts it."""
+        ids = self.prompting.encode_chat(messages, generation_prompt=generation_prompt)
+        return self._said.as_said(ids, salt_of(person))
 
     def start_text(self, prompt: str | Sequence[int], params: GenerationParams, **options: Any) -> Generation:
         """Continue raw text, or token ids as they are. Options: those of `start`."""
@@ -328,7 +335,7 @@ class Runtime:
             prompt=tuple(ids),
             params=params,
             end_ids=prompting.end_ids,
-            listener=generation,
+            listener=self._said.listening(generation, ids, salt_of(person)) if chat else generation,
             context=context,
             want_logprobs=want_logprobs or top_logprobs is not None,
             top_logprobs=top_logprobs or 0,

@@ -195,15 +195,15 @@ class Service:
 
         return self._start(ask)
 
-    def count_chat(self, messages: Sequence[Message]) -> int:
+    def count_chat(self, messages: Sequence[Message], person: str = "") -> int:
         """Tokens of a chat's prompt as the model would read it, without the opening of a reply."""
-        return len(self.runtime().prompting.encode_chat(messages, generation_prompt=False)) if messages else 0
+        return len(self.runtime().encode_chat(messages, person=person, generation_prompt=False)) if messages else 0
 
     def save_cache(self, path: Path, messages: Sequence[Message], person: str = "") -> int:
         """Write what the model has read and said of a chat to a file beside it, so that it need not be read again after
         a restart. Returns tokens; 0: nothing is cached, and no file is written. Raises UserError."""
         runtime = self.runtime()
-        return runtime.save_cache(path, runtime.prompting.encode_chat(messages, generation_prompt=False), person)
+        return runtime.save_cache(path, runtime.encode_chat(messages, person=person, generation_prompt=False), person)
 
     def load_cache(self, path: Path, person: str = "") -> int:
         """Put what `save_cache` wrote back. Returns tokens. Raises SavedCacheError, and changes nothing, for a file
