@@ -15,9 +15,9 @@ import torch
 from backend.cache.int8 import quantised, values_of
 from backend.cache.kv import KVPool
 from backend.checkpoint.open import open_checkpoint
+from backend.engine.admission import MAX_RUNNING
 from backend.engine.compiled import TURNS_AT_ONCE, CompiledStep, Tokens, _Turns
 from backend.engine.runner import Runner
-from backend.engine.scheduler import MAX_RUNNING
 from backend.kernels.cpu import build, steps
 from backend.model.attention import attention, attention_twin
 from backend.model.llama import Llama
@@ -132,7 +132,8 @@ def test_biases_are_added(tiny_path: Callable[..., Path]) -> None:
     compiled = CompiledStep.of(model, pool)
     assert compiled is not None
     ids = list(range(40))
-    assert distance(compiled.run(ids, [Tokens(0, 40, 0, [0, 1])], range(40), 1), by_torch(model, ids)) < 0.0005
+    parts = [Tokens(0, 40, 0, [0, 1], prompt=True)]
+    assert distance(compiled.run(ids, parts, range(40), 1), by_torch(model, ids)) < 0.0005
 
 
 def test_nothing_that_is_not_finite_is_lost(tiny_path: Callable[..., Path]) -> None:
@@ -164,7 +165,7 @@ def test_an_int8_cache_has_the_codes_of_the_twin(tiny_path: Callable[..., Path])
     assert pool.key_scales is not None
     assert pool.value_scales is not None
     ids = [(7 * n) % 250 for n in range(70)]
-    parts = [Tokens(0, 70, 0, [5, 2, 9])]
+    parts = [Tokens(0, 70, 0, [5, 2, 9], prompt=True)]
     wanted = reference.run(ids, parts, range(70), threads=2)
     found = compiled.run(ids, parts, range(70), threads=2)
     slots = [block * 32 + at for block in (5, 2, 9) for at in range(32)][:70]

@@ -143,3 +143,40 @@ def test_on_the_starters_compiled_step() -> None:
         assert runtime._engine.counts.accepted > accepted + 50
     finally:
         runtime._engine.speculation = speculation
+
+
+def test_a_reply_that_is_read_again_is_computed_as_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where prompts are not: what nobody has kept of a reply comes back with the same bits."""
+    runtime = starter("original")
+    if not runtime.runner.in_one_call:
+        pytest.skip("not run: there is no C compiler")
+    engine = runtime._engine
+    monkeypatch.setattr(engine, "speculation", None)
+    monkeypatch.setattr(runtime.runner._compiled._described, "uniform", 0)
+    ask = GenerationParams(max_tokens=300, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=5, ignore_eos=True)
+    # Whole blocks of a prompt, which both read in one piece.
+    prompt = [(7919 * place) % 40000 + 1000 for place in range(64)]
+    expected = read(runtime.start(prompt, ask, use_cache=False))[1]
+    parts, preempted = [], []
+    describe, schedule = runtime.runner._flat, engine.scheduler.schedule
+
+    def noted(work):  # type: ignore[no-untyped-def]
+        flat = describe(work)
+        parts.extend(flat[1])
+        return flat
+
+    def gives_up(**how: bool):  # type: ignore[no-untyped-def]
+        for request in engine.scheduler.running:
+            if request.completion_tokens in (50, 170) and request.completion_tokens not in preempted:
+                preempted.append(request.completion_tokens)
+                engine.scheduler._preempt(request)
+        return schedule(**how)
+
+    monkeypatch.setattr(runtime.runner, "_flat", noted)
+    monkeypatch.setattr(engine.scheduler, "schedule", gives_up)
+    assert read(runtime.start(prompt, ask, use_cache=False))[1] == expected
+    assert preempted == [50, 170]
+    read_again = [part for part in parts if part.count > 1]
+    assert [(part.start, part.count) for part in read_again if part.prompt] == [(0, 64)] * 3
+    assert sum(part.count for part in read_again if not part.prompt) == 50 + 170
+    assert all(part.start >= 64 for part in read_again if not part.prompt)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from backend.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
+from backend.engine.admission import MAX_RUNNING
+from backend.engine.scheduler import PREFILL_TOKENS
 from tests.stepping import Steps, alone, request
 
 

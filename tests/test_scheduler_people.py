@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from backend.engine.admission import MAX_RUNNING
 from backend.engine.pacing import FORGOTTEN, SAMPLES, SIZES, Pacing
-from backend.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
+from backend.engine.scheduler import PREFILL_TOKENS
 from tests.stepping import Steps, alone, request
 
 # between people ---------------------------------------------------------------------------------------------------

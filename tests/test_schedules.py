@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from backend.cache.blocks import BlockCopy, BlockPool, BlockStore, Move
+from backend.engine.admission import MAX_RUNNING
 from backend.engine.engine import Engine
 from backend.engine.request import Request
-from backend.engine.scheduler import MAX_RUNNING, Work
+from backend.engine.scheduler import Work
 from backend.engine.speculation import Speculation
 from backend.params import GenerationParams
 from backend.sampling.sampler import Sampler

@@ -10,6 +10,7 @@ taker, or the whole block changes hands when nobody else has a use for it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,6 +117,20 @@ class BlockPool:
         while len(lease.blocks) * self.block_size < tokens:
             self._add_own(lease)
         return lease
+
+    def needed(self, ids: Sequence[int], salt: bytes, tokens: int, leaving: Sequence[Lease] = ()) -> int:
+        """How many of the available blocks `acquire` would take, at most; with so many it succeeds. `leaving`: as if
+        these leases had ended."""
+        root = self._tree.root(salt)
+        path = self._match(root, ids).path
+        self._tree.leave(root)
+        pins = _pins(leaving)
+        return max(-(-tokens // self.block_size), len(path)) - sum(node.pins > pins[node] for node in path)
+
+    def available_without(self, leaving: Sequence[Lease]) -> int:
+        """How many blocks could be had for new sequences if these leases had ended."""
+        given_up = sum(node.block != NOWHERE and node.pins == pins for node, pins in _pins(leaving).items())
+        return self._places.available + given_up + sum(len(lease._owned) for lease in leaving)
 
     def extend(self, lease: Lease, tokens: int) -> bool:
         """Make room for `tokens` tokens in all. False, and nothing changed, when there are too few blocks."""
@@ -283,8 +298,10 @@ class BlockPool:
             self._places.pin(node, self._clock)
             if node.block == NOWHERE:  # in the host tier until now
                 self._places.settle(node, block)
-                lease._owned.discard(block)
-            # Else the lease keeps computing in its own block, and pins the node as the way to what follows.
+            else:  # the same tokens, so the same keys and values: one of the two blocks is enough
+                lease.blocks[index] = node.block
+                self._places.free.add(block)
+            lease._owned.discard(block)
         lease._path.append(node)
 
     def _drop_shorter(self, parent: Node, node: Node) -> None:
@@ -305,6 +322,11 @@ class BlockPool:
             lease._root.pins -= 1
             self._tree.leave(lease._root)
         lease.blocks, lease._path, lease._owned, lease._root = [], [], set(), None
+
+
+def _pins(leases: Sequence[Lease]) -> Counter[Node]:
+    """How often these leases pin each node."""
+    return Counter(node for lease in leases for node in lease._path)
 
 
 def _parents_first(nodes: Sequence[Node]) -> list[Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -158,15 +159,17 @@ class Engine:
 
     def _drawn(self, work: list[Work], logits: torch.Tensor) -> None:
         """The step has computed this work: draw what follows."""
-        row, finite, rows = 0, finite_rows(logits), logits.unbind()
-        for item in work:
-            first, row = row, row + item.logit_rows
-            drawn_from = slice(row - 1 - len(item.drafts), row) if item.draws else None
+        finite, rows = finite_rows(logits), logits.unbind()
+        # Which rows are whose is settled before anything is drawn: to draw is to lengthen ids.
+        ends = list(itertools.accumulate((item.logit_rows for item in work), initial=0))
+        draws = [item.draws for item in work]
+        for item, first, end, draw in zip(work, ends, ends[1:], draws, strict=False):
             begin_at, scored = item.request.computed, item.request.score_prompt
             self.scheduler.advance(item)
-            if scored and not self._score(item.request, begin_at, logits[first:row]):
+            if scored and not self._score(item.request, begin_at, logits[first:end]):
                 continue
-            if drawn_from is not None and item.request.phase != "done":
+            if draw and item.request.phase != "done":
+                drawn_from = slice(end - 1 - len(item.drafts), end)
                 self._draw(item, rows[drawn_from], finite[drawn_from])
 
     def _end(self, request: Request, error: Exception) -> None:

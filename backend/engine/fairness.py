@@ -11,25 +11,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+REMEMBERED = 1000  # people
+
 
 class Served:
-    """Tokens that the model has evaluated for each person who has requests here. Forgets whoever has none."""
+    """Tokens that the model has evaluated for each person. Who has no request here any more is remembered for a while:
+    else whoever sends one request after the other would be a newcomer each time."""
 
     def __init__(self) -> None:
-        self._tokens: dict[str, int] = {}
+        self._tokens: dict[str, int] = {}  # of those who have requests here
+        self._gone: dict[str, int] = {}  # of those who had, who left last behind
         self._requests: Counter[str] = Counter()
 
     def arrive(self, person: str) -> None:
         """One more request of this person."""
         if person not in self._tokens:
-            self._tokens[person] = min(self._tokens.values(), default=0)
+            least = min(self._tokens.values(), default=next(reversed(self._gone.values()), 0))
+            self._tokens[person] = max(self._gone.pop(person, 0), least)
         self._requests[person] += 1
 
     def leave(self, person: str) -> None:
         """One request less."""
         self._requests[person] -= 1
         if self._requests[person] <= 0:
-            del self._requests[person], self._tokens[person]
+            del self._requests[person]
+            self._gone[person] = self._tokens.pop(person)
+            if len(self._gone) > REMEMBERED:
+                del self._gone[next(iter(self._gone))]
 
     def charge(self, person: str, tokens: int) -> None:
         if person in self._tokens:

@@ -6,29 +6,48 @@ The two need not end their prompts in the same step; whichever is first keeps it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from backend.cache.blocks import Lease
 from backend.engine.request import Request
 from backend.errors import ContextLengthError
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """What one of two has, and of which of its tokens, computed in which blocks."""
+
+    lease: Lease | None
+    length: int
+    logits: torch.Tensor
 
 
 class Pairs:
     """Logits that wait for those of the other sequence. Belongs to the engine thread."""
 
     def __init__(self) -> None:
-        self._waiting: dict[Request, tuple[int, torch.Tensor]] = {}
+        self._waiting: dict[Request, _Logits] = {}
 
     def join(self, request: Request, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Logits float32 (vocab,) of one of two; both, the leader's first, when the other's are here as well."""
-        self._waiting[request] = len(request.ids), logits.clone()  # the step's own tensor may be used again
-        leader, partner = request.together()
-        found = [self._waiting.get(each) for each in (leader, partner)]
-        if any(each is None or each[0] != len(other.ids) for each, other in zip(found, (leader, partner), strict=True)):
+        """Logits float32 (vocab,) of one of two; both, the leader's first, when the other's are here as well.
+
+        What was computed before the two gave up their blocks does not count: they read again, and come again.
+        """
+        # A copy, since the step's own tensor may be used again.
+        self._waiting[request] = _Logits(request.lease, len(request.ids), logits.clone())
+        own, other = (self._of(each) for each in request.together())
+        if own is None or other is None:
             return None
-        self.forget(leader)
-        (_, own), (_, other) = (each for each in found if each is not None)
+        self.forget(request)
         return own, other
+
+    def _of(self, request: Request) -> torch.Tensor | None:
+        found = self._waiting.get(request)
+        if found is None or found.lease is not request.lease or found.length != len(request.ids):
+            return None
+        return found.logits
 
     def forget(self, request: Request) -> None:
         """The reply is over, or goes back."""

@@ -116,7 +116,7 @@ class Runner:
                 # Torch's attention rounds several queries otherwise than one: each token as if it came alone.
                 parts += [Tokens(len(ids) + n, 1, start + n, blocks) for n in range(item.evaluated)]
             else:
-                parts.append(Tokens(len(ids), item.evaluated, start, blocks, prompt=item.evaluated > item.logit_rows))
+                parts.append(Tokens(len(ids), item.evaluated, start, blocks, prompt=item.is_prompt))
             ids += request.ids[start : start + item.tokens]
             ids += item.drafts
             rows += range(len(ids) - item.logit_rows, len(ids))

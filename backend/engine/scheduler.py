@@ -13,17 +13,19 @@ has to, so there is always one that comes to its end.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
 from backend.cache.blocks import BlockPool, Lease
+from backend.engine.admission import held_blocks, latest, wanted_of, who_makes_room
 from backend.engine.fairness import Served, shares
 from backend.engine.pacing import Pacing
 from backend.engine.request import Request
 
 PREFILL_TOKENS = 128  # of prompts in one step, all sequences together; so long is what Stop may have to wait for
-MAX_RUNNING = 16
+PASSED_BY = 16  # requests that may begin before one that has no room yet, though it is its turn
+TRIES = 4  # requests without room that are passed by in a step: more are not looked at
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Work:
     def draws(self) -> bool:
         """Whether the step ends with the last of the request's ids (and drafts), so that a token can be drawn."""
         return self.request.computed + self.tokens == len(self.request.ids)
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it is read from a prompt, of which numbers may depend, by rounding, on how many tokens come at once.
+        What was a reply once is computed as it was then, so that it goes on in the same way."""
+        return self.evaluated > self.logit_rows and self.request.computed < len(self.request.prompt)
 
     @property
     def logit_rows(self) -> int:
@@ -76,6 +84,7 @@ class Scheduler:
         self._served = Served()
         self._rewound: set[Request] = set()  # in the middle of a reply: they go on before anybody begins
         self._held: dict[Request, tuple[Request, int]] = {}  # who waits -> who reads the first tokens of it, how many
+        self._passed_by: dict[Request, int] = {}  # who had no room when it was its turn -> how many have begun since
         self.waiting: deque[Request] = deque()  # of each person first those that ran before, then as they came
         self.running: list[Request] = []  # oldest first
 
@@ -89,7 +98,12 @@ class Scheduler:
         first. `apart`: those who write and those who read are not in one step, since prompts are read by `piece` while
         somebody writes; `reading`: such a piece is on its way, so nobody else reads."""
         self._admit()
-        now = [request for request in self.running if not request.not_before or request.not_before <= request.clock()]
+        # Who keeps to a speed limit rests between tokens of the reply, and not while it reads.
+        now = [
+            request
+            for request in self.running
+            if _left(request) > 1 or not request.not_before or request.not_before <= request.clock()
+        ]
         tokens = dict.fromkeys((request for request in now if _left(request) == 1), 1)
         readers = [request for request in now if _left(request) > 1]
         if not apart or (not tokens and not reading):
@@ -124,7 +138,8 @@ class Scheduler:
             if wanted and request in self.running and self._reserve(request, request.computed + wanted):
                 work.append(Work(request, wanted))
         # Replies before prompts, long prompts last: a compiled step multiplies them in another way (step.h).
-        return sorted((item for item in work if item.request in self.running), key=lambda item: item.tokens)
+        still = (item for item in work if item.request in self.running)
+        return sorted(still, key=lambda item: (item.is_prompt, item.tokens))
 
     def measured(self, work: list[Work], seconds: float) -> None:
         """A step with this work took so long, everything included."""
@@ -178,8 +193,7 @@ class Scheduler:
         if request in self.waiting:
             self.waiting.remove(request)
         self.running = [other for other in self.running if other not in request.together()]
-        self._rewound.discard(request)
-        self._held.pop(request, None)
+        self._no_longer_waits(request)
         self._served.leave(request.person)
         for each in request.together():
             self._give_back(each, keep=keep)
@@ -188,12 +202,33 @@ class Scheduler:
     # admission --------------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while (request := self._next()) is not None and self._seat(request):
-            pass
+        """Let begin who can. One that has no room yet is passed by other people's that have some, but not for ever:
+        then what becomes free is kept for it. Who gives up its place now is not looked at before the next step."""
+        passed, preempted = list[Request](), list[Request]()
+        while len(passed) < TRIES and (request := self._next(besides=[*passed, *preempted])) is not None:
+            victims = who_makes_room(request, self.running, self._pool)
+            if victims is None:
+                passed.append(request)
+                if self._passed_by.get(request, 0) >= PASSED_BY:
+                    return
+                continue
+            for victim in victims:
+                preempted += victim.together()
+                self._preempt(victim)
+            self._seat(request)
+            self._passed_by |= {other: self._passed_by.get(other, 0) + 1 for other in passed}
 
-    def _next(self) -> Request | None:
-        """Of those who can begin: who was rewound, else the first request of whoever has been served least."""
-        ready = [request for request in self.waiting if not self._is_being_read(request)]
+    def _next(self, besides: Sequence[Request]) -> Request | None:
+        """Of those who can begin: who was rewound, else the first request of whoever has been served least. `besides`:
+        neither these nor what comes after them of the same people."""
+        people = {request.person for request in besides}
+        ready = [
+            request
+            for request in self.waiting
+            if request not in besides
+            and (request.person not in people or request in self._rewound)
+            and not self._is_being_read(request)
+        ]
         rewound = (request for request in ready if request in self._rewound)
         return next(rewound, None) or min(ready, key=lambda each: self._had(each.person), default=None)
 
@@ -232,43 +267,28 @@ class Scheduler:
             common += size
         return common
 
-    def _seat(self, request: Request) -> bool:
-        """Let it run, with blocks for all of its tokens and the next one. False: there is no room yet."""
-        while (lease := self._leases(request)) is None:
-            victim = self._in_favour_of(request)
-            if victim is None:
-                return False
-            self._preempt(victim)
+    def _seat(self, request: Request) -> None:
+        """Let it run, with blocks for all of its tokens and the next one: there is room."""
         self.waiting.remove(request)
-        self._rewound.discard(request)
-        self._held.pop(request, None)
-        if request.phase == "queued" and not request.evaluated:
-            request.cached = min(lease[0].cached, len(request.prompt))
-        for each, own in zip(request.together(), lease, strict=True):
-            each.lease, each.computed, each.phase = own, own.cached, "prefill"
-            self.running.append(each)
-        self._number_waiting()
-        return True
-
-    def _leases(self, request: Request) -> list[Lease] | None:
-        """One for the request, and one for its partner. None: there is no room for both."""
+        self._no_longer_waits(request)
         together = request.together()
-        if len(self.running) + len(together) > MAX_RUNNING:
-            return None
-        leases: list[Lease] = []
         for each in together:
             lease = self._lease(each)
-            if lease is None:
-                for other in leases:
-                    self._pool.release(other, ())
-                return None
-            leases.append(lease)
-        return leases
+            assert lease is not None, "there was room"
+            if each is request and request.phase == "queued" and not request.evaluated:
+                request.cached = min(lease.cached, len(request.prompt))
+            each.lease, each.computed, each.phase = lease, lease.cached, "prefill"
+            self.running.append(each)
+        self._number_waiting()
+
+    def _no_longer_waits(self, request: Request) -> None:
+        self._rewound.discard(request)
+        self._held.pop(request, None)
+        self._passed_by.pop(request, None)
 
     def _lease(self, request: Request) -> Lease | None:
-        tokens = min(len(request.ids) + 1, request.max_length)
-        looked_up = request.use_cache and not request.score_prompt  # what is found there has no logits
-        return self._pool.acquire(request.ids if looked_up else request.ids[:1], request.salt, tokens)
+        ids, tokens = wanted_of(request)
+        return self._pool.acquire(ids, request.salt, tokens)
 
     # taking turns -----------------------------------------------------------------------------------------------------
 
@@ -279,7 +299,9 @@ class Scheduler:
             wanted[request.person] += _left(request)
         given, pieces = shares(wanted, budget), {}
         for request in reading:
-            pieces[request] = min(_left(request), given[request.person])
+            # A reply that is read again after its blocks were given up is no prompt: see Work.is_prompt.
+            prompt_left = len(request.prompt) - request.computed
+            pieces[request] = min(prompt_left if prompt_left > 0 else _left(request), given[request.person])
             given[request.person] -= pieces[request]
         return pieces
 
@@ -287,37 +309,12 @@ class Scheduler:
         """Blocks for the first `tokens` tokens of a running request. False: it had to give up its own for others."""
         assert request.lease is not None
         while not self._pool.extend(request.lease, tokens):
-            held, latest = self._held_blocks(), self._latest()
-            victim = latest[max(latest, key=lambda person: held[person])] if latest else request
+            held, last = held_blocks(self.running), latest(self.running)
+            victim = last[max(last, key=lambda person: held[person])] if last else request
             self._preempt(victim)
             if request not in self.running:
                 return False
         return True
-
-    def _in_favour_of(self, request: Request) -> Request | None:
-        """Whose place the waiting `request` may have: the latest of somebody who still has more than its own person
-        would have then. None where nobody has so much."""
-        latest, person = self._latest(), request.person
-        if len(self.running) >= MAX_RUNNING:
-            has = Counter(each.person for each in self.running)
-            given = dict.fromkeys(latest, 1)
-            needed = 1
-        else:
-            has, needed = self._held_blocks(), -(-len(request.ids) // self._pool.block_size)
-            given = {other: _blocks(victim) for other, victim in latest.items()}
-        others = [other for other in latest if other != person and has[other] - given[other] >= has[person] + needed]
-        return latest[max(others, key=lambda other: has[other])] if others else None
-
-    def _latest(self) -> dict[str, Request]:
-        """The youngest running request of each person; never the oldest of all."""
-        oldest = self.running[0].together() if self.running else []
-        return {request.person: request for request in self.running if request not in oldest}
-
-    def _held_blocks(self) -> Counter[str]:
-        held = Counter[str]()
-        for request in self.running:
-            held[request.person] += _blocks(request)
-        return held
 
     def _preempt(self, request: Request) -> None:
         self.counts.preemptions += 1
@@ -359,7 +356,3 @@ class Scheduler:
 def _left(request: Request) -> int:
     """Tokens of it that the model has not evaluated."""
     return len(request.ids) - request.computed
-
-
-def _blocks(request: Request) -> int:
-    return len(request.lease.blocks) if request.lease is not None else 0

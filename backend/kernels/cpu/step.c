@@ -224,12 +224,15 @@ static void prepare(struct run *run, suri_work work, int64_t tokens, int64_t few
     tools->parallel(run->threads, tokens, tokens_at_once(next->columns), work, run);
 }
 
-/* Tokens that are multiplied as whole numbers: those of the spans before the first long one. So what a reply's tokens
+/* Tokens that are multiplied as whole numbers: those of the spans before the first long prompt. So what a reply's tokens
  * are multiplied as does not depend on whose prompt is read in the same step, where replies come first. */
 static int64_t few_tokens(const struct suri_model *model, const struct suri_step *step) {
     int64_t few = 0;
     if (model->uniform) return step->tokens;
-    for (int64_t s = 0; s < step->spans && step->span[s].count <= SURI_FEW; s++) few += step->span[s].count;
+    for (int64_t s = 0; s < step->spans; s++) {
+        if (step->span[s].prompt && step->span[s].count > SURI_FEW) break;
+        few += step->span[s].count;
+    }
     return few;
 }
 
