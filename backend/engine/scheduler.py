@@ -301,7 +301,8 @@ class Scheduler:
         for request in reading:
             # A reply that is read again after its blocks were given up is no prompt: see Work.is_prompt.
             prompt_left = len(request.prompt) - request.computed
-            pieces[request] = min(prompt_left if prompt_left > 0 else _left(request), given[request.person])
+            left = min(_left(request), prompt_left) if prompt_left > 0 else _left(request)
+            pieces[request] = min(left, given[request.person])
             given[request.person] -= pieces[request]
         return pieces
 
