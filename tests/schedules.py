@@ -259,6 +259,8 @@ class Schedule:
         prompt = document[: dice.randrange(1, 28)] + [
             dice.randrange(1, VOCABULARY) for _ in range(dice.choice([0, 1, 5]))
         ]
+        if self.requests and dice.random() < 0.15:
+            prompt = list(dice.choice(self.requests).prompt)  # asked again
         sampled, most, seed = dice.randrange(len(PARAMS)), dice.choice(KINDS[kind][1]), dice.randrange(4)
         request = Request(
             tuple(prompt), params_of(sampled, kind, most, seed, dice.choice([-1, 0, 3, 20])),

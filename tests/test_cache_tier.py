@@ -216,7 +216,7 @@ def test_the_starter_says_the_same_after_its_blocks_left_and_came_back(starter_p
     first = [read(running.start_text(chat, params))[1] for chat in chats]
     again = [running.start_text(chat, params) for chat in chats]
     assert [read(reply)[1] for reply in again] == first
-    assert [reply.stats.evaluated_tokens for reply in again] == [1, 1, 1]
+    assert [reply.stats.evaluated_tokens for reply in again] == [0, 0, 0]
     assert running.blocks.counts.restored >= 4
     assert running.held().ram > 0
     running.close(drain=False)

@@ -115,15 +115,6 @@ def test_a_chat_evaluates_only_what_is_new(weights):
     assert reply == uncached
 
 
-def test_regenerate_reads_nothing_again_but_the_last_token():
-    runtime = starter("original")
-    runtime.blocks.clear()
-    ids = runtime.prompting.encode_chat([Message("user", "Tell me about the sea in two sentences.")])
-    read(runtime.start(ids, GenerationParams(seed=1, max_tokens=40)))
-    _, _, last = read(runtime.start(ids, GenerationParams(seed=2, max_tokens=40)))
-    assert last.stats.evaluated_tokens == 1  # its logits are needed, its keys are not new
-
-
 def test_a_batch_gives_each_what_it_would_get_alone():
     runtime = starter("f32")
     params = GenerationParams(temperature=0.9, seed=11, max_tokens=24)

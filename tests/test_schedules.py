@@ -43,6 +43,7 @@ def test_random_schedules_say_what_each_says_alone_and_lose_no_block(part: int) 
                 "guesses that were right": schedule.engine.counts.accepted,
                 "found in the cache": sum(request.cached for request in schedule.requests),
                 "came back from the host": schedule.pool.counts.restored,
+                "read before to the end": sum(request.cached == len(request.prompt) for request in schedule.requests),
                 "set aside": schedule.memory.set_aside,
                 "forgot the middle": sum(request.shifted > 0 for request in schedule.requests),
                 "banned texts": sum(bool(request.params.banned_strings) for request in schedule.requests),

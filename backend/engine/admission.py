@@ -13,12 +13,16 @@ from backend.cache.blocks import BlockPool
 from backend.engine.request import Request
 
 MAX_RUNNING = 16  # sequences
+NO_TOKEN = -1  # equal to none
 
 
 def wanted_of(request: Request) -> tuple[Sequence[int], int]:
     """What of its ids is looked up in the cache, and for how many tokens it needs room to begin."""
     looked_up = request.use_cache and not request.score_prompt  # what is found there has no logits
-    return request.ids if looked_up else request.ids[:1], min(len(request.ids) + 1, request.max_length)
+    ids: Sequence[int] = request.ids if looked_up else request.ids[:1]
+    if request.end_known:
+        ids = [*ids, NO_TOKEN]  # the last one is left to evaluate, and this is none
+    return ids, min(len(request.ids) + 1, request.max_length)
 
 
 def who_makes_room(request: Request, running: Sequence[Request], pool: BlockPool) -> list[Request] | None:

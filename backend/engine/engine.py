@@ -12,6 +12,7 @@ from math import inf
 import torch
 
 from backend.cache.blocks import BlockPool
+from backend.engine.ends import Ends
 from backend.engine.pacing import LEAST, MOST, Pacing
 from backend.engine.pairs import Pairs
 from backend.engine.prompt_scores import score_prompt
@@ -78,6 +79,8 @@ class Engine:
         self.resting: Callable[[], None] = lambda: None  # called when there is nothing to compute for a moment
         self._drawing: dict[Request, _Drawing] = {}
         self._pairs = Pairs()
+        self._ends = Ends()
+        self.scheduler.knows_end = lambda request: self._ends.after(request) is not None
         self._apart = apart
         self._piece: Piece | None = None
         self._read_before = False  # whether the last step has also read
@@ -100,6 +103,7 @@ class Engine:
                 slower = MOST - LEAST if self._apart and self.scheduler.readers else inf
                 work = self.speculation.add_drafts(work, self.scheduler.room, slower)
             self.runner.copy_blocks(self.blocks.take_moves())
+            self._begin_known()
             if not work:
                 if self._piece is None:
                     self.resting()
@@ -172,6 +176,13 @@ class Engine:
                 drawn_from = slice(end - 1 - len(item.drafts), end)
                 self._draw(item, rows[drawn_from], finite[drawn_from])
 
+    def _begin_known(self) -> None:
+        """Draw the first token of those whose prompts were read before, to the end."""
+        for request in self.scheduler.ready:
+            logits = self._ends.after(request)
+            assert logits is not None, "nobody has forgotten it since it was asked"
+            self._continue(Work(request, 0), [logits], [True])
+
     def _end(self, request: Request, error: Exception) -> None:
         self._finish(request, "error", error, keep=False)
 
@@ -203,6 +214,8 @@ class Engine:
         not the model's own row that is drawn from: float32 (vocab,).
         """
         request = work.request
+        if work.tokens and drawn_from is None and finite[0] and len(request.ids) == len(request.prompt):
+            self._ends.remember(request, logits[0])
         if request.only_prompt:
             self._finish(request, "length")
             return
@@ -337,3 +350,4 @@ class Engine:
         for request in list(self.scheduler.running):
             self._finish(request, "error", error, keep=False)
         self.blocks.clear()  # half-written blocks must not be found by anyone
+        self._ends.clear()

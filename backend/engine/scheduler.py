@@ -13,7 +13,7 @@ has to, so there is always one that comes to its end.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -85,6 +85,7 @@ class Scheduler:
         self._rewound: set[Request] = set()  # in the middle of a reply: they go on before anybody begins
         self._held: dict[Request, tuple[Request, int]] = {}  # who waits -> who reads the first tokens of it, how many
         self._passed_by: dict[Request, int] = {}  # who had no room when it was its turn -> how many have begun since
+        self.knows_end: Callable[[Request], bool] = lambda _: False  # whether logits after its prompt are at hand
         self.waiting: deque[Request] = deque()  # of each person first those that ran before, then as they came
         self.running: list[Request] = []  # oldest first
 
@@ -121,6 +122,11 @@ class Scheduler:
     def readers(self) -> list[Request]:
         """Who runs and has its prompt before it."""
         return [request for request in self.running if _left(request) > 1]
+
+    @property
+    def ready(self) -> list[Request]:
+        """Who has begun and has nothing to evaluate: what comes after its prompt is known."""
+        return [request for request in self.running if request.end_known and not _left(request)]
 
     def spare_seconds(self, writing: int, spent: float) -> float:
         """How much longer a step may read in which so many sequences write and that has taken `spent` so far."""
@@ -206,6 +212,7 @@ class Scheduler:
         then what becomes free is kept for it. Who gives up its place now is not looked at before the next step."""
         passed, preempted = list[Request](), list[Request]()
         while len(passed) < TRIES and (request := self._next(besides=[*passed, *preempted])) is not None:
+            request.end_known = self.knows_end(request)
             victims = who_makes_room(request, self.running, self._pool)
             if victims is None:
                 passed.append(request)
