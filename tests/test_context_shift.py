@@ -52,6 +52,18 @@ def test_the_middle_is_forgotten(keep: int) -> None:
     assert engine.blocks.in_use == 0
 
 
+@pytest.mark.parametrize(("length", "keep"), [(20, 0), (35, -1)])
+def test_what_is_left_may_be_as_long_as_the_prompt_and_is_not_the_prompt(length: int, keep: int) -> None:
+    """What comes after a whole prompt is remembered: of these, that is to be found which comes after the prompt."""
+    engine = Engine(ModelOfIds(), BlockPool(400, 4))  # type: ignore[arg-type]
+    prompt = tuple(1 + n % 8 for n in range(length))
+    for shifts in (True, True, False):
+        asked = request(engine, prompt, keep_tokens=keep, context_shift=shifts)
+        count = 100 if shifts else CONTEXT - length
+        assert finished(engine, asked).ids == by_hand(prompt, 30 if keep < 0 else keep, 100)[:count]
+    assert asked.evaluated == 0
+
+
 def test_without_it_the_reply_ends_there() -> None:
     for values in ({"context_shift": False}, {"max_tokens": 0}):
         engine = Engine(ModelOfIds(), BlockPool(40, 4))  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import pytest
 
 from backend.engine.request import Request
 from backend.engine.worker import Worker
-from backend.errors import BusyError
+from backend.errors import BusyError, SamplingError
 from backend.params import GenerationParams
 from backend.runtime import Runtime
 from tests.api_server import wait_for
@@ -82,6 +82,17 @@ def test_a_number_that_is_none_ends_that_request_only(runtime: Runtime, value: f
     assert ends[1][1] == expected[1][: len(ends[1][1])], "what was said before it stands"
     assert runtime.blocks.in_use == 0
     assert read(runtime.start(PROMPTS[1], GREEDY))[1] == expected[1], "and nothing of it is found again"
+
+
+def test_a_mistake_of_one_request_leaves_what_others_share(runtime: Runtime) -> None:
+    """Only a number that is none says that what was read is wrong."""
+    preface = list(range(3, 67))
+    read(runtime.start([*preface, 5], GREEDY))
+    biases = {str(token): -100 for token in range(runtime.tokenizer.vocab_size)}
+    _, _, last = read(runtime.start([*preface, 6], GenerationParams.from_mapping({"logit_bias": biases})))
+    assert isinstance(last.error, SamplingError)
+    _, _, last = read(runtime.start([*preface, 7], GREEDY))
+    assert last.stats.cached_tokens == len(preface)
 
 
 def test_a_poisoned_token_in_the_middle_of_a_prompt(runtime: Runtime) -> None:

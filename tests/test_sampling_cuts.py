@@ -105,6 +105,8 @@ def test_xtc() -> None:
     assert kept(cuts.xtc(logits, 0.1, 0.5, 0.5)) == {0, 1, 2, 3, 4}, "as often as the probability says"
     assert kept(cuts.xtc(logits, 0.35, 1.0, 0.0)) == {0, 1, 2, 3, 4}, "one top choice is no choice"
     assert kept(cuts.xtc(logits, 0.0, 1.0, 0.0)) == {1}
+    removed = torch.tensor([0.4, 0.0, 0.3, 0.2, 0.0]).log()
+    assert kept(cuts.xtc(removed, 0.0, 1.0, 0.0)) == {3}, "a token that is removed is none to be spared"
 
 
 # bends ------------------------------------------------------------------------------------------------------------
@@ -139,6 +141,15 @@ def test_smoothing(seed: int, factor: float, curve: float) -> None:
     with np.errstate(invalid="ignore"):
         expected = np.where(np.isfinite(x), -(k * factor * d**2) + s * factor * d**3 + x.max(), -np.inf)
     np.testing.assert_allclose(bends.smoothing(logits, factor, curve).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("curve", [1.0, 2.0, 4.0, 10.0])
+def test_smoothing_of_what_is_far_below(curve: float) -> None:
+    """A strong penalty leaves numbers whose cubes are none in float32."""
+    found = bends.smoothing(torch.tensor([1.0, 0.5, -1e20, -3e38, float("-inf")]), 10.0, curve)
+    assert not found.isnan().any()
+    assert found[0] == 1.0
+    assert min(found[:2]) > found[2] == found[3] > found[4]
 
 
 # what was said before ---------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from backend.cache.blocks import BlockPool
 from backend.drafting import check_vocabulary
 from backend.engine.engine import Engine
+from backend.engine.scheduler import Work
 from backend.engine.speculation import LAST_PROBE, Speculation
 from backend.engine.speculation_draft import PIECE, DraftModel
 from backend.errors import PresetError
@@ -119,6 +120,41 @@ def test_one_that_is_always_wrong_is_left_alone() -> None:
         pair.run()
     assert pair.small.steps < 0.2 * pair.engine.runner.steps
     assert pair.small.steps < LAST_PROBE
+
+
+def fail_by_nan(logits: torch.Tensor) -> torch.Tensor:
+    return logits * float("nan")
+
+
+def fail_by_memory(logits: torch.Tensor) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def fail(logits: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("anything")
+
+
+@pytest.mark.parametrize("trouble", [fail_by_nan, fail_by_memory, fail])
+def test_one_that_fails_costs_nobody_a_reply(trouble: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    pair = Pair(sharp(MODEL))
+    compute, steps = pair.small.run, [0]
+
+    def failing(work: Sequence[Work]) -> torch.Tensor:
+        steps[0] += 1
+        return trouble(compute(work)) if steps[0] == 5 else compute(work)
+
+    pair.small.run = failing  # type: ignore[method-assign]
+    asked = [ask(pair.engine, temperature=0, ignore_eos=True) for _ in range(2)]
+    pair.run()
+    for each in asked:
+        assert outcome(each) == alone(temperature=0, ignore_eos=True)
+    assert steps == [5], "it is left alone for a while"
+    assert pair.small_pool.cached == 0, "what it has read is not to be found again"
+    pair.engine.speculation._recovering = 0  # type: ignore[union-attr]
+    again = ask(pair.engine, (3, 1, 2, 2), temperature=0, ignore_eos=True)
+    pair.run()
+    assert outcome(again) == alone(prompt=(3, 1, 2, 2), temperature=0, ignore_eos=True)
+    assert steps[0] > 5
 
 
 # presets ----------------------------------------------------------------------------------------------------------

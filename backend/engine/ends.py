@@ -32,7 +32,7 @@ class Ends:
     def after(self, request: Request) -> torch.Tensor | None:
         """float32 (vocab,) after the request's prompt, if it has said nothing yet and that is all it wants to know."""
         asks_more = request.score_prompt or request.partner is not None or not request.use_cache
-        if asks_more or len(request.ids) != len(request.prompt):
+        if asks_more or request.completion_tokens:  # when its middle is forgotten, ids may be as many as the prompt's
             return None
         return self._rows.get((request.salt, request.prompt))
 

@@ -103,11 +103,12 @@ class Engine:
                 slower = MOST - LEAST if self._apart and self.scheduler.readers else inf
                 work = self.speculation.add_drafts(work, self.scheduler.room, slower)
             self.runner.copy_blocks(self.blocks.take_moves())
-            self._begin_known()
+            begun = self._begin_known()
             if not work:
                 if self._piece is None:
                     self.resting()
-                    self._rest()
+                    if not begun:
+                        self._rest()
                 else:
                     self._read_on(0, time.perf_counter())
                 return
@@ -176,12 +177,14 @@ class Engine:
                 drawn_from = slice(end - 1 - len(item.drafts), end)
                 self._draw(item, rows[drawn_from], finite[drawn_from])
 
-    def _begin_known(self) -> None:
-        """Draw the first token of those whose prompts were read before, to the end."""
-        for request in self.scheduler.ready:
+    def _begin_known(self) -> bool:
+        """Draw the first token of those whose prompts were read before, to the end. False where there are none."""
+        ready = self.scheduler.ready
+        for request in ready:
             logits = self._ends.after(request)
             assert logits is not None, "nobody has forgotten it since it was asked"
             self._continue(Work(request, 0), [logits], [True])
+        return bool(ready)
 
     def _end(self, request: Request, error: Exception) -> None:
         self._finish(request, "error", error, keep=False)
@@ -214,7 +217,7 @@ class Engine:
         not the model's own row that is drawn from: float32 (vocab,).
         """
         request = work.request
-        if work.tokens and drawn_from is None and finite[0] and len(request.ids) == len(request.prompt):
+        if work.tokens and drawn_from is None and finite[0] and not request.completion_tokens:
             self._ends.remember(request, logits[0])
         if request.only_prompt:
             self._finish(request, "length")
@@ -248,7 +251,8 @@ class Engine:
             if not isinstance(error, UserError):
                 log.exception("request %s failed", request.id)
                 error = EngineError("this reply failed inside the engine; the log has the details")
-            self._finish(request, "error", error, keep=False)
+            # Of what it has read only NaN says that it is wrong; others may share it.
+            self._finish(request, "error", error, keep=not isinstance(error, NumericalError))
             return
         if reason is not None:
             self._finish(request, reason)

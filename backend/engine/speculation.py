@@ -7,6 +7,7 @@ Without guesses a step is plain decoding; there is no other loop.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -17,7 +18,10 @@ from backend.engine.scheduler import Work
 from backend.engine.speculation_cost import StepCost
 from backend.engine.speculation_guess import SURENESS, Chances, Guess, Guesser
 from backend.engine.speculation_index import Successors
+from backend.memory import give_back, is_allocation_failure, without_frames
 from backend.sampling.chain import is_greedy
+
+log = logging.getLogger(__name__)
 
 MOST_DRAFTS = 15  # of one sequence: with the token before them they fill one tile of a product
 MOST_IN_STEP = 48  # tokens: guesses, and one more for each sequence
@@ -56,6 +60,8 @@ class Drafter(Protocol):
     def rewound(self, request: Request) -> None: ...
 
     def forget(self, request: Request) -> None: ...
+
+    def drop(self, request: Request) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ class Speculation:
         self._resting = self._rested = 0  # steps for which nobody guesses, of so many sequences
         self._skipped, self._wait = 0, FIRST_PROBE
         self._unasked, self._pause = 0, FIRST_PROBE  # the same for the drafter
+        self._recovering = 0  # steps for which it is not asked, since it has failed
 
     def forget(self, request: Request) -> None:
         """The request is over: what it said last is learned, and it takes no more memory."""
@@ -190,10 +197,17 @@ class Speculation:
             if not sure or sure[0] < chance
         ]
         asked = [(request, count) for request, count in asked if count > 0]
+        if self._recovering:
+            self._recovering -= 1
+            return guesses
         rounds = self._rounds(len(work), len(asked), chance, slower)
         if not rounds:
             return guesses
-        found = drafter.guess([(request, min(count, rounds)) for request, count in asked])
+        try:
+            found = drafter.guess([(request, min(count, rounds)) for request, count in asked])
+        except Exception as error:  # nobody's reply depends on guesses
+            self._without(drafter, [request for request, _ in asked], error)
+            return guesses
         if drafter.rounds:
             self.cost.observe_guess(drafter.seconds / drafter.rounds)
         said = {}
@@ -203,6 +217,16 @@ class Speculation:
             if tokens:
                 said[request] = tokens, [self._chances.of("drafter", kind) for kind in kinds]
         return [said.get(item.request, guess) for item, guess in zip(work, guesses, strict=True)]
+
+    def _without(self, drafter: Drafter, asked: Sequence[Request], error: Exception) -> None:
+        """The drafter has failed: for a while there are no guesses of it."""
+        log.warning("the model that guesses failed, and is left alone for %d steps: %s", LAST_PROBE, error)
+        self._recovering = LAST_PROBE
+        for request in asked:
+            drafter.drop(request)
+        if is_allocation_failure(error):
+            without_frames(error)
+            give_back()
 
     def _rounds(self, sequences: int, asked: int, chance: float, slower: float) -> int:
         """How many tokens the drafter is to guess for each who asks; 0 where that is not worth its time."""

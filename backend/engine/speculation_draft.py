@@ -16,6 +16,7 @@ from backend.cache.blocks import BlockPool
 from backend.engine.request import Request
 from backend.engine.runner import Runner
 from backend.engine.scheduler import Work
+from backend.errors import NumericalError
 from backend.events import FinishReason
 from backend.params import GenerationParams
 
@@ -56,6 +57,7 @@ class DraftModel:
         """For each request at most so many tokens that may come next, and how probable each is by this model.
 
         None for a sequence that this model has not read yet, or for which it has no room; it reads on by one piece.
+        Raises whatever goes wrong: then everybody that was asked about has to be dropped (`drop`).
         """
         self.rounds, self.seconds = 0, 0.0
         twins = [self._follow(request, count) for request, count in wanted]
@@ -104,6 +106,12 @@ class DraftModel:
             ids = twin.request.ids[: min(twin.known, twin.request.computed)]
             self._blocks.release(twin.request.lease, ids if request.use_cache else ())
 
+    def drop(self, request: Request) -> None:
+        """Something went wrong with its twin: what that has read is not to be found again."""
+        twin = self._twins.pop(request, None)
+        if twin is not None and twin.request.lease is not None:
+            self._blocks.discard(twin.request.lease)
+
     def _follow(self, request: Request, count: int) -> _Twin | None:
         """The twin, with the original's ids and room for `count` guesses."""
         length = len(request.ids)
@@ -133,4 +141,6 @@ class DraftModel:
         if not len(logits):
             return [], []
         best = torch.softmax(logits, -1).max(-1)
+        if not bool(torch.isfinite(best.values).all()):
+            raise NumericalError("the output of the model that guesses contains NaN or Inf")
         return best.values.tolist(), best.indices.tolist()

@@ -28,6 +28,6 @@ def smoothing(logits: torch.Tensor, factor: float, curve: float) -> torch.Tensor
     k = (3 - curve) / 2 and s = (curve - 1) / 2, so with curve 1 it is -f d^2.
     """
     best = logits.max()
-    distance = logits - best
+    distance = (logits - best).clamp(min=-1e6)  # so that its powers are numbers in float32
     bent = -(3 - curve) / 2 * factor * distance**2 + (curve - 1) / 2 * factor * distance**3 + best
     return torch.where(torch.isfinite(logits), bent, logits)

@@ -1,6 +1,6 @@
 """Samplers that remove tokens, beyond the common ones of `samplers`: one row of logits in, float32 (n,), one out.
 
-A removed token has logit -inf. None of them removes the likeliest token; XTC is the exception that means to.
+A removed token has logit -inf. XTC means to remove the likeliest token, and typical_p may; the others never do.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def xtc(logits: torch.Tensor, threshold: float, probability: float, uniform: flo
     if uniform >= probability:
         return logits
     probabilities = torch.softmax(logits, 0)
-    top = (probabilities >= threshold).nonzero().flatten()
+    top = ((probabilities >= threshold) & torch.isfinite(logits)).nonzero().flatten()  # a threshold of 0: all there are
     if len(top) < 2:
         return logits
     spared = top[probabilities[top].argmin()]
