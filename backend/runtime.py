@@ -355,9 +355,9 @@ class Runtime:
 
     def close(self, *, drain: bool, reason: str | None = None) -> None:
         """Stop the engine thread; with `drain`, after the running replies are finished. `reason` is for the others."""
-        self.worker.close(drain, reason)
-        if not self._closed:
-            self._keeper.keep()
+        if not self.worker.close(drain, reason):
+            return
+        self._keeper.keep()
         totals, self._closed = self.totals(), True
         if self._records is not None:
             self._records.retire(totals)
@@ -379,8 +379,7 @@ class Runtime:
     def _warm_up(self) -> None:
         """One short reply, so that the first person does not wait for one-time set-up, and a sick model is refused."""
         # On a GPU a step is recorded as a graph when it comes for the second time; that is one-time set-up too.
-        on_gpu = self._kv.device.type == "cuda"
-        params = GenerationParams(max_tokens=3 if on_gpu else 2, temperature=0.0)
+        params = GenerationParams(max_tokens=3 if self._kv.device.type == "cuda" else 2, temperature=0.0)
         for chunk in self.start([0] * min(8, self.plan.context - params.max_tokens), params, use_cache=False):
             if chunk.error is not None:
                 self.close(drain=False)

@@ -156,6 +156,8 @@ class Switch:
         self._line.fail(NotReadyError(STOPPING))
         for each in [*self._draining, *([runtime] if runtime else [])]:
             each.close(drain=False)
+        while self._draining:  # their threads let the models go
+            time.sleep(LOOK)
 
     def _carry_out(
         self, ticket: Ticket, prepare: Callable[[Progress], Prepared | None], report: Report
@@ -312,8 +314,10 @@ class Switch:
 
     def _drain(self, box: list[Runtime]) -> None:
         runtime = box.pop()
-        runtime.close(drain=True)
-        self._draining.remove(runtime)
+        try:
+            runtime.close(drain=True)
+        finally:
+            self._draining.remove(runtime)
         del runtime
         give_back()
 

@@ -42,8 +42,8 @@ class WaitingLine:
             if len(self._line) >= self._limit:
                 raise BusyError(f"{len(self._line)} requests are waiting for the model already; try again in a moment")
             waiting = _Waiting(f"w{next(self._numbers)}", ask, self)
+            waiting.generation.attach(waiting, waiting.cancel)  # before anybody can serve it
             self._line.append(waiting)
-        waiting.generation.attach(waiting, waiting.cancel)
         return waiting.generation
 
     def serve(self, runtime: Runtime) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backend.cache.blocks import BlockPool
 from backend.cache.tree import shared
 from tests.blockmemory import TOKENS, Memory
 
@@ -212,3 +213,13 @@ def test_clear_forgets_everything() -> None:
     lease = memory.pool.acquire([1] * 9)
     assert lease is not None
     assert lease.cached == 0
+
+
+def test_what_is_planted_is_found_with_its_salt_only() -> None:
+    pool = BlockPool(8, 4)
+    assert pool.plant(None, (1, 2, 3, 4), b"one")
+    for salt, cached in ((b"one", 4), (b"two", 0), (b"", 0)):
+        lease = pool.acquire([1, 2, 3, 4, 5], salt, 6)
+        assert lease is not None
+        assert lease.cached == cached
+        pool.release(lease, ())

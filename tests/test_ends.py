@@ -88,6 +88,8 @@ def test_only_the_latest_are_kept_and_each_is_a_copy(monkeypatch: pytest.MonkeyP
         found = kept.after(request)
         assert found is not None
         assert found.tolist() == [0, 1, 2, 3]
+    stranger = Request((0, 5), GenerationParams(), frozenset(), Nobody(), 64, salt=b"x")  # type: ignore[arg-type]
+    assert kept.after(stranger) is None, "it is not a prompt of this one's people"
     asked[0].ids.append(1)
     assert kept.after(asked[0]) is None, "it has said something"
     asked[2].score_prompt = True

@@ -12,7 +12,7 @@ import pytest
 
 from backend.engine.request import Request
 from backend.engine.worker import Worker
-from backend.errors import BusyError, SamplingError
+from backend.errors import BusyError, EngineError, SamplingError
 from backend.params import GenerationParams
 from backend.runtime import Runtime
 from tests.api_server import wait_for
@@ -82,6 +82,74 @@ def test_a_number_that_is_none_ends_that_request_only(runtime: Runtime, value: f
     assert ends[1][1] == expected[1][: len(ends[1][1])], "what was said before it stands"
     assert runtime.blocks.in_use == 0
     assert read(runtime.start(PROMPTS[1], GREEDY))[1] == expected[1], "and nothing of it is found again"
+
+
+def broken(*_: object, **__: object) -> None:
+    raise RuntimeError("broken")
+
+
+def test_the_end_is_told_whatever_fails_on_the_way(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = runtime._engine
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._pairs, "forget", broken)
+        _, ids, last = read(runtime.start(PROMPTS[0], GREEDY))
+    assert len(ids) == 40
+    assert isinstance(last.error, EngineError)
+    told: list[object] = []
+
+    class Listener:
+        def on_token(self, *_: object, **__: object) -> bool:
+            raise RuntimeError("a broken listener")
+
+        def on_finish(self, reason: object, error: Exception | None = None) -> None:
+            told.append(error)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("backend.sampling.sampler.Sampler.held", property(lambda _: 1))
+        request = Request(tuple(PROMPTS[1]), GREEDY, frozenset(), Listener(), 256)  # type: ignore[arg-type]
+        runtime.worker.submit(request)
+        wait_for(lambda: told)
+    assert [type(error) for error in told] == [EngineError]
+    assert len(read(runtime.start(PROMPTS[2], GREEDY))[1]) == 40
+    assert runtime.blocks.in_use == 0
+
+
+def test_a_step_that_fails_before_anybody_runs_is_told_to_who_waits(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.blocks, "acquire", broken)
+        for reply in [runtime.start(prompt, GREEDY) for prompt in PROMPTS]:
+            assert isinstance(read(reply)[2].error, EngineError)
+    assert len(read(runtime.start(PROMPTS[0], GREEDY))[1]) == 40
+
+
+def test_nobody_waits_for_a_thread_that_has_ended(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime._engine, "_fail_all", broken)
+    monkeypatch.setattr(runtime.runner, "run", broken)
+    reply = runtime.start(PROMPTS[0], GREEDY)
+    assert isinstance(read(reply)[2].error, EngineError)
+    runtime.worker._thread.join(5)
+    for ask in (lambda: runtime.start(PROMPTS[1], GREEDY), lambda: runtime.worker.ask(lambda: 1)):
+        with pytest.raises(EngineError, match="load the preset again"):
+            ask()
+
+
+def test_closed_twice_at_once_it_is_cleaned_up_once(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[float] = []
+
+    def keep() -> int:
+        time.sleep(0.1)
+        kept.append(runtime.weight_bytes)
+        return 0
+
+    monkeypatch.setattr(runtime._keeper, "keep", keep)
+    threads = [threading.Thread(target=runtime.close, kwargs={"drain": drain}) for drain in (True, False, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert len(kept) == 1
 
 
 def test_a_mistake_of_one_request_leaves_what_others_share(runtime: Runtime) -> None:

@@ -95,8 +95,8 @@ class Engine:
     def step(self) -> None:
         """Do one batch of work. An exception of ours ends every running request with an error, and no other."""
         begin = time.perf_counter()
-        self._drop_cancelled()
         try:
+            self._drop_cancelled()
             work = self.scheduler.schedule(apart=self._apart, reading=self._piece is not None)
             if self.speculation is not None:
                 # Guesses leave time for what has to be read, so that the step is no longer for that.
@@ -326,19 +326,23 @@ class Engine:
         request = request.leader or request
         if request.phase == "done":
             return
-        self.scheduler.remove(request, keep=keep)
         for each in request.together():
             each.phase = "done"
-        if self.records is not None:
-            self.records.ended(request.stats(), request.clock() - request.submitted_at, reason, error)
-        self._pairs.forget(request)
         drawing = self._drawing.pop(request, None)
-        if self.speculation is not None:
-            self.speculation.forget(request)
         try:
+            self.scheduler.remove(request, keep=keep)
+            if self.records is not None:
+                self.records.ended(request.stats(), request.clock() - request.submitted_at, reason, error)
+            self._pairs.forget(request)
+            if self.speculation is not None:
+                self.speculation.forget(request)
             for shown in drawing.held if drawing is not None else ():
                 if request.listener.on_token(shown.id, shown.logprob, top=shown.top):
                     break
+        except Exception as trouble:  # whatever it is, who waits for the end must hear of it
+            log.exception("request %s could not be ended in good order", request.id)
+            reason, error = "error", error or EngineError(f"the reply's end failed ({type(trouble).__name__})")
+        try:
             request.listener.on_finish(reason, error)
         except Exception:  # a broken listener must not take the engine down
             log.exception("a listener failed")
@@ -351,7 +355,8 @@ class Engine:
     def _fail_all(self, cause: Exception) -> None:
         self._piece = None
         error = EngineError(f"the engine failed ({type(cause).__name__}); the next request starts afresh")
-        for request in list(self.scheduler.running):
+        # Where nobody runs it is who waits that the engine cannot go on with.
+        for request in list(self.scheduler.running or self.scheduler.waiting):
             self._finish(request, "error", error, keep=False)
         self.blocks.clear()  # half-written blocks must not be found by anyone
         self._ends.clear()

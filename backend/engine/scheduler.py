@@ -276,16 +276,15 @@ class Scheduler:
 
     def _seat(self, request: Request) -> None:
         """Let it run, with blocks for all of its tokens and the next one: there is room."""
-        self.waiting.remove(request)
-        self._no_longer_waits(request)
-        together = request.together()
-        for each in together:
+        for each in request.together():
             lease = self._lease(each)
             assert lease is not None, "there was room"
             if each is request and request.phase == "queued" and not request.evaluated:
                 request.cached = min(lease.cached, len(request.prompt))
             each.lease, each.computed, each.phase = lease, lease.cached, "prefill"
             self.running.append(each)
+        self.waiting.remove(request)
+        self._no_longer_waits(request)
         self._number_waiting()
 
     def _no_longer_waits(self, request: Request) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,9 +11,12 @@ from typing import Any, TypeVar
 
 from backend.engine.engine import Engine
 from backend.engine.request import Request
-from backend.errors import BusyError, NotReadyError, UnloadingError
+from backend.errors import BusyError, EngineError, NotReadyError, UnloadingError
+
+STOPPED = "the engine has stopped after an error; load the preset again"
 
 Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 
 
 class Worker:
@@ -31,9 +35,10 @@ class Worker:
         self._inbox: collections.deque[Request] = collections.deque()
         self._errands: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
         self._wake = threading.Condition()
-        self._closing = self._drain = False
+        self._closing = self._drain = self._closed = False
         self._reason = "the model was unloaded before this reply was finished"
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._failed = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     @property
@@ -48,8 +53,7 @@ class Worker:
     def submit(self, request: Request) -> None:
         """Hand over a request. Raises BusyError when too many wait, UnloadingError when this worker is closing."""
         with self._wake:
-            if self._closing:
-                raise UnloadingError("the model is being unloaded; try again in a moment")
+            self._check_open()
             if self.waiting >= self._room_for(request.person):
                 raise BusyError(f"{self.waiting} requests are waiting already; try again in a moment")
             self._inbox.append(request)
@@ -62,11 +66,16 @@ class Worker:
         """
         answer: Future[Result] = Future()
         with self._wake:
-            if self._closing:
-                raise UnloadingError("the model is being unloaded; try again in a moment")
+            self._check_open()
             self._errands.append((errand, answer))
             self._wake.notify()
         return answer.result()
+
+    def _check_open(self) -> None:
+        if self._failed:
+            raise EngineError(STOPPED)
+        if self._closing:
+            raise UnloadingError("the model is being unloaded; try again in a moment")
 
     def _room_for(self, person: str) -> int:
         """How long the line may be for one more of this person. The last quarter of it is kept for people who have
@@ -84,17 +93,38 @@ class Worker:
     def _unwanted(self) -> bool:
         return self.idle and not self._errands and not self._closing
 
-    def close(self, drain: bool, reason: str | None = None) -> None:
-        """End the thread and wait for it; with `drain` the running replies are finished first.
+    def close(self, drain: bool, reason: str | None = None) -> bool:
+        """End the thread and wait for it; with `drain` the running replies are finished first. False where another
+        call has done so, whose caller has to clean up.
 
         `reason`: what those are told that are not finished. Calling again without `drain` ends a drain early.
         """
         with self._wake:
+            self._drain = drain and (self._drain or not self._closing)
             self._closing = True
-            self._drain = drain
             self._reason = reason or self._reason
             self._wake.notify()
         self._thread.join()
+        with self._wake:
+            first, self._closed = not self._closed, True
+        return first
+
+    def _work(self) -> None:
+        """The thread. Should anything go wrong that `Engine.step` does not answer for, nobody waits for ever."""
+        try:
+            self._loop()
+        except Exception as error:
+            log.exception("the engine's thread has ended")
+            with self._wake:
+                self._failed = self._closing = True
+                scheduler = self._engine.scheduler
+                left = [*scheduler.running, *scheduler.waiting, *self._inbox]
+                errands = [answer for _, answer in self._errands]
+            for answer in errands:
+                answer.set_exception(EngineError(STOPPED))
+            for request in left:
+                if request.leader is None and request.phase != "done":
+                    _tell(request, EngineError(f"{STOPPED} ({type(error).__name__})"))
 
     def _loop(self) -> None:
         self._prepare()
@@ -109,7 +139,7 @@ class Worker:
                 self._errands.clear()
                 closing, drain = self._closing, self._drain
             if unwanted:
-                more = self._meanwhile()
+                more = self._at_leisure()
                 continue
             for errand, answer in errands:
                 _run(errand, answer)
@@ -119,6 +149,20 @@ class Worker:
                 self._engine.fail_all(NotReadyError(self._reason))
                 return
             self._engine.step()
+
+    def _at_leisure(self) -> bool:
+        try:
+            return self._meanwhile()
+        except Exception:  # nobody has asked for it
+            log.exception("what was done meanwhile failed")
+            return False
+
+
+def _tell(request: Request, error: Exception) -> None:
+    try:
+        request.listener.on_finish("error", error)
+    except Exception:
+        log.exception("a listener failed")
 
 
 def _run(errand: Callable[[], Any], answer: Future[Any]) -> None:
