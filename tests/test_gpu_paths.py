@@ -146,6 +146,7 @@ class Sequence:
     lease: Lease
     computed: int = 0
     score_prompt: bool = False
+    prompt: tuple[int, ...] = ()
 
 
 @dataclass
