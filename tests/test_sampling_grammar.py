@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
@@ -13,6 +14,7 @@ from backend.errors import ParameterError, SamplingError
 from backend.events import Chunk
 from backend.params import GenerationParams
 from backend.runtime import Runtime
+from backend.sampling import grammar
 from backend.sampling.grammar import Grammars
 from tests.real import read, starter, tiny_runtime
 from tests.tiny import TinyModel, write_tiny
@@ -188,3 +190,13 @@ def test_taking_tokens_back() -> None:
         for token in tokens[at:]:
             matcher.accept(token)
     assert matcher.complete
+
+
+def test_chains_that_would_end_the_process_are_refused() -> None:
+    names = [f"a{n}" for n in range(1500)]
+    links = {name: {"$ref": f"#/$defs/{after}"} for name, after in itertools.pairwise(names)}
+    schema = {"$defs": links | {names[-1]: {"type": "string"}}, "$ref": "#/$defs/a0"}
+    with pytest.raises(ValueError, match="a schema may have 200"):
+        grammar._json_schema(json.dumps(schema))
+    with pytest.raises(ValueError, match="a grammar may have 500"):
+        grammar._gbnf("\n".join(f"r{n} ::= r{n + 1}" for n in range(4000)))

@@ -34,6 +34,10 @@ def _limits() -> LLParserLimits:
     )
 
 
+# The library follows references on the thread's own stack: chains of a thousand end the process.
+MOST_REFERENCES, MOST_RULES = 200, 500
+
+
 class Vocabulary(Protocol):
     """What is needed of a tokenizer."""
 
@@ -145,10 +149,16 @@ def _json_schema(text: str) -> str:
         raise ValueError(f"this is not JSON: {error}") from None
     if not isinstance(schema, dict):
         raise ValueError("a schema is a JSON object")
+    references = text.count("$ref") + text.count("\\u0024")  # "$" may be written so too
+    if references > MOST_REFERENCES:
+        raise ValueError(f"{references} references; a schema may have {MOST_REFERENCES}")
     return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
 
 
 def _gbnf(text: str) -> str:
+    rules = text.count("::=")
+    if rules > MOST_RULES:
+        raise ValueError(f"{rules} rules; a grammar may have {MOST_RULES}")
     return LLMatcher.grammar_from_lark(gbnf_to_lark(text))
 
 

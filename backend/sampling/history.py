@@ -47,7 +47,7 @@ class History:
             text = (self._tails[-1] if self._tails else b"") + self._token_bytes(token)
             self._breaks[self._count] = any(breaker in text for breaker in self._breakers)
             # a breaker that is complete must not be found again in the next token's text
-            self._tails.append(b"" if self._breaks[self._count] else text[len(text) - self._reach :])
+            self._tails.append(b"" if self._breaks[self._count] else text[max(0, len(text) - self._reach) :])
         self._count += 1
 
     def rewind(self, tokens: int) -> None:
