@@ -14,8 +14,9 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from backend.engine.request import Listener
 from backend.events import FinishReason
 from backend.tokenizer.base import Tokenizer
 from backend.tokenizer.segments import Segment
@@ -33,14 +34,6 @@ class _Reply:
     ids: Sequence[int]
 
 
-class Listener(Protocol):
-    """Of one reply: see `engine.request.Listener`."""
-
-    def on_token(self, token_id: int, logprob: float | None, *, visible: bool = True, top: Any = ()) -> bool: ...
-
-    def on_finish(self, reason: FinishReason, error: Exception | None = None) -> None: ...
-
-
 class Said:
     """Of one loaded model. May be used from any thread."""
 
@@ -54,7 +47,8 @@ class Said:
 
     def listening(self, listener: Listener, prompt: Sequence[int], salt: bytes) -> Listener:
         """The same listener; what it hears as the reply to this prompt is remembered."""
-        return _Listening(listener, self, prompt, salt)
+        controls = self._controls(prompt)
+        return _Listening(listener, self, prompt[controls[-2:][0] :] if controls else (), salt)
 
     def add(self, prompt: Sequence[int], ids: Sequence[int], salt: bytes) -> None:
         """A reply is over. Only written down: the engine must not wait until its text is cut into tokens again."""
@@ -79,7 +73,7 @@ class Said:
             return [*found, *ids[done:]]
 
     def _learn(self, reply: _Reply) -> None:
-        controls = [place for place, token in enumerate(reply.prompt) if token in self._spelling]
+        controls = self._controls(reply.prompt)
         if not controls or any(token in self._spelling for token in reply.ids):
             return
         last, before = controls[-1], controls[-2:][0]
@@ -98,10 +92,14 @@ class Said:
         while self._size > MOST and len(self._known) > 1:
             self._size -= _size(*self._known.popitem(last=False))
 
+    def _controls(self, ids: Sequence[int]) -> list[int]:
+        """Places of control tokens."""
+        return [place for place, token in enumerate(ids) if token in self._spelling]
+
     def _texts(self, ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """Of each text after a control token: where the control token before that one is, where the text begins, and
         where it ends."""
-        controls = [place for place, token in enumerate(ids) if token in self._spelling]
+        controls = self._controls(ids)
         for before, place, end in zip([*controls[:1], *controls], controls, [*controls[1:], len(ids)], strict=False):
             if place + 1 < end:
                 yield before, place + 1, end

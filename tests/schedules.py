@@ -2,8 +2,8 @@
 partners, forget their middle, keep to a speed limit; prompts are scored; blocks are shared, evicted and brought back;
 steps fail. After every step the books of the blocks are checked, in the end what each reply says.
 
-Of the model: its next logits depend on the tokens that are really stored in the blocks of a sequence, so a
-block that is not what the index says shows in the text.
+The model's next logits depend on the tokens that are really stored in the blocks of a sequence, so a block that is not
+what the index says shows in the text.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from backend.engine.worker import Worker
 from backend.errors import BusyError, EngineError, SamplingError
 from backend.params import GenerationParams
 from backend.runtime import Runtime
+from backend.waiting import WaitingLine
 from tests.api_server import wait_for
 from tests.guesses import Told
 from tests.real import read, tiny_runtime
@@ -272,6 +273,21 @@ def test_the_line_is_bounded_and_its_end_is_kept_for_others() -> None:
         worker.submit(asked("d"))
     engine.go.set()
     worker.close(drain=True)
+
+
+def test_who_waits_for_a_model_can_be_stopped_as_soon_as_it_is_in_the_line() -> None:
+    """The line may be served before `add` has returned."""
+
+    class Watched(list):  # type: ignore[type-arg]
+        def append(self, waiting) -> None:  # type: ignore[no-untyped-def]
+            assert waiting.generation.id == waiting.id, "what stops it is known"
+            super().append(waiting)
+
+    line = WaitingLine(4)
+    line._line = Watched()
+    generation = line.add(lambda runtime, generation: None)
+    generation.stop()
+    assert len(line) == 0
 
 
 def test_programs_that_nobody_tells_apart_have_the_whole_line() -> None:

@@ -54,7 +54,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "backend.hub": LEVEL_0,
     "backend.hub_download": (*LEVEL_0, "backend.hub"),
     "backend.prompting": (*LEVEL_0, "backend.text", "backend.tokenizer"),
-    "backend.said": (*LEVEL_0, "backend.tokenizer"),
+    "backend.said": (*LEVEL_0, "backend.tokenizer", "backend.engine.request"),
     "backend.store": LEVEL_0,
     "backend.generation": (*LEVEL_0, "backend.text.stream", "backend.bell"),
     "backend.cache.tree": LEVEL_0,

@@ -291,6 +291,14 @@ def test_breakers_are_found_over_token_borders() -> None:
     assert history.ids.tolist() == [0, 1, 2, 3, 4, 1]
 
 
+@pytest.mark.parametrize(
+    "pieces", [(b"### ", b"Instruct", b"ion", b":"), (b"US", b"ER"), (b"x", b"U", b"S", b"E", b"R")]
+)
+def test_a_long_breaker_is_found_in_several_short_tokens(pieces: tuple[bytes, ...]) -> None:
+    history = History(range(len(pieces)), ("### Instruction:", "USER"), pieces.__getitem__)
+    assert history.breaks.tolist() == [False] * (len(pieces) - 1) + [True]
+
+
 # the chain --------------------------------------------------------------------------------------------------------
 
 ACTIVE: dict[str, dict[str, object]] = {

@@ -198,5 +198,7 @@ def test_chains_that_would_end_the_process_are_refused() -> None:
     schema = {"$defs": links | {names[-1]: {"type": "string"}}, "$ref": "#/$defs/a0"}
     with pytest.raises(ValueError, match="a schema may have 200"):
         grammar._json_schema(json.dumps(schema))
+    with pytest.raises(ValueError, match="a schema may have 200"):
+        grammar._json_schema(json.dumps(schema).replace("$ref", r"$\u0072ef"))
     with pytest.raises(ValueError, match="a grammar may have 500"):
         grammar._gbnf("\n".join(f"r{n} ::= r{n + 1}" for n in range(4000)))

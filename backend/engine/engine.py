@@ -93,7 +93,8 @@ class Engine:
         self.scheduler.add(request)
 
     def step(self) -> None:
-        """Do one batch of work. An exception of ours ends every running request with an error, and no other."""
+        """Do one batch of work. An exception of ours ends every running request with an error, and no other; where
+        nobody runs, everybody who waits."""
         begin = time.perf_counter()
         try:
             self._drop_cancelled()

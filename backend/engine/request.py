@@ -57,9 +57,9 @@ class Request:
     def __post_init__(self) -> None:
         self.ids: list[int] = list(self.prompt)
         self.computed = 0  # tokens whose keys and values are in the cache
-        self.end_known = False  # what comes after its prompt is, so none of it has to be evaluated
         self.cached = 0  # of these, prompt tokens found there at the first admission
         self.evaluated = 0  # prompt tokens read by the model
+        self.end_known = False  # the logits after its prompt are at hand, so none of it has to be evaluated
         self.prompt_scores: list[PromptScore] = []  # of the prompt's tokens from the second on
         self.shifted = 0  # tokens of the middle that were left out because the context was full
         self.partner: Request | None = None  # reads the negative prompt and the same reply, for guidance

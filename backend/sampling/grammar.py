@@ -1,7 +1,8 @@
 """Replies that must follow a grammar: JSON schema, regular expression or GBNF, by way of llguidance.
 
-llguidance counts its work and gives up at fixed limits, about 20 ms a token and 100 ms for a grammar on one core, so a
-hostile grammar ends its own request and holds nobody else up. It reads nothing but the text of the grammar.
+llguidance counts its work and gives up at fixed limits, so a hostile grammar ends its own request: mostly within 20 ms
+a token and 100 ms for a grammar on one core. An ambiguous grammar may take several times as long a token, and hold
+everybody up for as long. It reads nothing but the text of the grammar.
 """
 
 from __future__ import annotations
@@ -143,13 +144,20 @@ class _Spelt:
 
 
 def _json_schema(text: str) -> str:
+    references = 0
+
+    def counted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Before equal names fall together, and however their letters are written."""
+        nonlocal references
+        references += sum(name in ("$ref", "$dynamicRef", "$recursiveRef") for name, _ in pairs)
+        return dict(pairs)
+
     try:
-        schema: Any = json.loads(text)
+        schema: Any = json.loads(text, object_pairs_hook=counted)
     except ValueError as error:
         raise ValueError(f"this is not JSON: {error}") from None
     if not isinstance(schema, dict):
         raise ValueError("a schema is a JSON object")
-    references = text.count("$ref") + text.count("\\u0024")  # "$" may be written so too
     if references > MOST_REFERENCES:
         raise ValueError(f"{references} references; a schema may have {MOST_REFERENCES}")
     return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
